@@ -1,0 +1,28 @@
+"""red: distil a big Llama- or Qwen-like language model into a narrower one without losing multi-step reasoning.
+
+    import red
+    result = red.distill("path/to/teacher", "corpus.txt", hidden_size=1536, output_dir="student")
+
+Names are imported when first used, so that `import red` and `red -h` are quick.
+"""
+
+import importlib
+
+_home = {
+    "Calibration": "calibration", "calibrate": "calibration",
+    "DistillResult": "distillation", "distill": "distillation",
+    "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
+    "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
+}
+__all__ = sorted(_home)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _home:
+        raise AttributeError(f"module 'red' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"red.{_home[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

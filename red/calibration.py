@@ -1,0 +1,191 @@
+"""Calibration: what the teacher's residual stream looks like on a small text, in memory that does not grow with the text.
+
+The channel score is RED's (arXiv 2605.29327): per sequence and point the mean over tokens of |activation|, then the L2 norm over sequences, then the
+mean over points. The papers do not say where the activation is read, so `tap` offers both: "residual" is the stream after the embedding
+and after each layer (L + 1 points), "norm" the outputs of the norms (2 L + 1 points).
+
+Two more statistics serve the norm gains and the starts that rotate or predict. Both are of `z = x / rms(x)`, the stream as a norm
+without gain returns it, at the 2 L + 1 points where it is read: the mean square per channel and point, O(L d), and on demand the
+second moment `C = E[zᵀz]` pooled over points, O(d²).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from red import families
+from red.errors import REDError
+from red.files import atomic_write_safetensors
+from red_kernels import channel_stats
+
+TAPS = ("residual", "norm")
+
+
+@dataclass
+class Calibration:
+    """Statistics of a teacher's residual stream on a calibration text."""
+
+    scores: Tensor  # [d] fp64: RED's importance of each channel
+    mean_square: Tensor  # [2L+1, d] fp64: E[z²] at each norm, in reading order
+    covariance: Tensor | None  # [d, d] fp64: pooled E[zᵀz], or None if it was not asked for
+    tap: str
+    sequences: int
+    tokens: int
+    model_hash: str
+    tokenizer_hash: str = ""
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (scores, moments; the rest as metadata)."""
+        tensors = {"scores": self.scores, "mean_square": self.mean_square}
+        if self.covariance is not None:
+            tensors["covariance"] = self.covariance
+        facts = {key: value for key, value in vars(self).items() if not isinstance(value, Tensor) and value is not None}
+        atomic_write_safetensors(path, {key: tensor.contiguous() for key, tensor in tensors.items()},
+                                 metadata={"calibration": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote; REDError if the file is not a calibration."""
+        if not Path(path).is_file():
+            raise REDError(f"There is no calibration file {path}. Make one with red.calibrate(...).save(path).")
+        with safe_open(path, "pt") as file:
+            facts = (file.metadata() or {}).get("calibration")
+            if facts is None:
+                raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
+
+    def check(self, teacher: PreTrainedModel, tokenizer_hash: str = "") -> None:
+        """REDError unless this calibration was made with that teacher and, where both are known, that tokenizer."""
+        if self.model_hash != model_hash(teacher):
+            raise REDError(f"The calibration was made with another model (hash {self.model_hash[:12]}, the teacher's is "
+                           f"{model_hash(teacher)[:12]}). Calibrate this teacher.")
+        if tokenizer_hash and self.tokenizer_hash and tokenizer_hash != self.tokenizer_hash:
+            raise REDError(f"The calibration text was made with another tokenizer (hash {self.tokenizer_hash[:12]}, this one's is "
+                           f"{tokenizer_hash[:12]}). Calibrate with the teacher's tokenizer.")
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes, dtypes and a spread sample of 64 values of every parameter: cheap, and any training moves it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()]
+        # fp32, so that a bf16 checkpoint has one hash whether it is loaded as bf16 or as fp32
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def calibrate(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, tap: str = "residual", covariance: bool = False,
+              tokenizer_hash: str = "") -> Calibration:
+    """Stream `batches` through the teacher once and return its channel statistics.
+
+    Args:
+        teacher: a Llama, Qwen2 or Qwen3 causal language model.
+        batches: dicts of `input_ids [B, T]`, and optionally `position_ids [B, T]` (a restart begins a new sequence) and
+            `token_mask [B, T]` (False on padding): what `red.data.collate` returns.
+        tap: "residual" or "norm", where RED's score reads the activations.
+        covariance: also accumulate the pooled second moment, O(d²) memory; `pca` and `activation_lstsq` need it.
+
+    Raises:
+        REDError: unknown tap, no valid token, or a channel whose activation is NaN or infinite (with the point and the channel).
+    """
+    families.check_family(teacher.config)
+    if tap not in TAPS:
+        raise REDError(f"tap={tap!r} is unknown; use one of {', '.join(map(repr, TAPS))}.")
+    sums = _Sums(teacher.config, tap, covariance)
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        with sums.watching(teacher):
+            for batch in batches:
+                batch = {key: value.to(teacher.device) for key, value in batch.items()}
+                sums.begin(batch)
+                teacher.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
+    finally:
+        teacher.train(was_training)
+    return sums.finish(tap, model_hash(teacher), tokenizer_hash)
+
+
+class _Sums:
+    """The running sums, filled by hooks while the teacher runs."""
+
+    def __init__(self, config, tap: str, covariance: bool):
+        self.norms, self.tap = families.norm_paths(config), tap
+        d, points = config.hidden_size, config.num_hidden_layers + 1 if tap == "residual" else len(self.norms)
+        self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
+        self.square = torch.zeros(len(self.norms), d, dtype=torch.float64)
+        self.covariance = torch.zeros(d, d, dtype=torch.float64) if covariance else None
+        self.sequences = self.tokens = 0
+
+    @contextmanager
+    def watching(self, teacher: PreTrainedModel):
+        handles = [teacher.get_submodule(path).register_forward_hook(self._hook(point)) for point, path in enumerate(self.norms)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch: dict[str, Tensor]) -> None:
+        ids = batch["input_ids"]
+        mask = batch.get("token_mask")
+        self.mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.segments, count = _segments(batch.get("position_ids"), self.mask)
+        self.num_segments = count
+        self.sequences += count
+        self.tokens += int(self.mask.sum())
+
+    def _hook(self, point: int):
+        # Read points 0, 2, 4, … are the embedding and the outputs of the layers: the residual tap.
+        scored = point % 2 == 0 if self.tap == "residual" else True
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            stream = args[0]  # [B, T, d]
+            if scored and self.num_segments:
+                stats = channel_stats(stream if self.tap == "residual" else output, self.segments, self.num_segments)
+                means = stats.abs_sum.double() / stats.count.double().unsqueeze(-1)
+                self.squared_means[point // 2 if self.tap == "residual" else point] += means.square().sum(0).cpu()
+            x = stream[self.mask]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            z = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp_min(1e-30))
+            self.square[point] += z.double().square().sum(0).cpu()
+            if self.covariance is not None:
+                self.covariance += (z.T @ z).double().cpu()
+        return hook
+
+    def finish(self, tap: str, model: str, tokenizer: str) -> Calibration:
+        if self.tokens == 0:
+            raise REDError("The calibration set has no token. Give at least one sequence of text.")
+        for what, values in (("activation", self.squared_means), ("normalised activation", self.square)):
+            if not values.isfinite().all():
+                point, channel = (~values.isfinite()).nonzero()[0].tolist()
+                raise REDError(f"The teacher's {what} is NaN or infinite at point {point}, channel {channel} of the residual stream. "
+                               "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
+        covariance = None if self.covariance is None else self.covariance / (self.tokens * len(self.norms))
+        return Calibration(self.squared_means.sqrt().mean(0), self.square / self.tokens, covariance, tap,
+                           self.sequences, self.tokens, model, tokenizer)
+
+
+def _segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:
+    """Number the sequences of a packed batch: ids `[B, T]` from 0, -1 on padding, and how many there are."""
+    starts = torch.zeros_like(mask)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    numbers = starts.reshape(-1).cumsum(0).view_as(starts) - 1
+    kept, dense = torch.unique(numbers[mask], return_inverse=True)
+    ids = torch.full_like(numbers, -1)
+    ids[mask] = dense
+    return ids, len(kept)

@@ -1,0 +1,79 @@
+"""REDConfig: transformers' TrainingArguments and what distillation adds. Names are TrainingArguments' and TRL's where they have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from red.errors import REDError
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+@dataclass
+class REDConfig(TrainingArguments):
+    """Settings of a distillation; every TrainingArguments field works too.
+
+    Defaults that differ from TrainingArguments are RED's recipe (arXiv 2605.29327): learning rate 1e-4, linear schedule, warm-up .5 % of the steps,
+    Adam(.9, .999), clipping at 1, packed length 2048.
+    """
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: a name on the hub or a folder."})
+    teacher_dtype: str = field(default="auto", metadata={"help": "Dtype the teacher is loaded in; auto is bfloat16 on a GPU, float32 on a CPU."})
+    hidden_size: int = field(default=0, metadata={"help": "The student's width d': a multiple of the number of attention heads, below the teacher's."})
+    train_file: str | None = field(default=None, metadata={"help": "Training text: .txt, .jsonl or a saved datasets folder."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Training text: a data set on the hub (needs the `datasets` package)."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
+    packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
+
+    start: str = field(default="activation", metadata={"help": "How the projections begin: activation (RED), random (LRC), pca, …; see red.starts.names()."})
+    start_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start (start=random)."})
+    norm_scale: bool = field(default=True, metadata={"help": "Correct the norm gains for the RMS of the kept channels (closed form)."})
+    calibration_samples: int = field(default=64, metadata={"help": "Training rows that the channel statistics are taken from."})
+    calibration_tap: str = field(default="residual", metadata={"help": "Where activations are read: residual, or norm (after the norms)."})
+
+    temperature: float | None = field(default=None, metadata={"help": "Temperature of the KL term; 1, or 40 with lrc_faithful."})
+    divergence: str = field(default="forward", metadata={"help": "forward KL(teacher‖student), reverse, or jsd."})
+    jsd_beta: float = field(default=0.5, metadata={"help": "Interpolation of the generalised JSD."})
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the language modelling cross entropy."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term (no T² factor)."})
+    tap_weight: float = field(default=0.2, metadata={"help": "Weight of the summed mean squared errors of the seven taps per layer; 0 turns them off."})
+    tap_target: str = field(default="auto", metadata={"help": "Target of the two output taps: gather, projected, lrc, or auto."})
+    lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: undetached FFN target, attention tap at teacher width, T=40, its reductions."})
+    loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens whose logits exist at a time."})
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of projections and norm gains."})
+    warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the packed rows carry a token mask."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature is None:
+            self.temperature = 40.0 if self.lrc_faithful else 1.0
+        if self.lrc_faithful and self.tap_target == "auto":
+            self.tap_target = "lrc"
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what can be refused without a model."""
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise REDError(f"{name}={getattr(self, name)!r}: {expected}.")
+
+        require(self.temperature > 0, "temperature", "must be above 0")
+        require(self.divergence in DIVERGENCES, "divergence", f"use one of {', '.join(DIVERGENCES)}")
+        require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
+        for name in ("ce_weight", "kl_weight", "tap_weight"):
+            require(getattr(self, name) >= 0, name, "must not be negative")
+        require(self.ce_weight + self.kl_weight + self.tap_weight > 0, "kl_weight", "all three loss weights are 0; nothing would train")
+        require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
+        require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
+        require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")
+        require(self.start_std > 0, "start_std", "must be above 0")
+        require(not self.fp16, "fp16", "a gradient scaler would scale the gradients behind the projections' back; use bf16=True")
+        require(not self.lrc_faithful or self.tap_target == "lrc", "tap_target", "lrc_faithful=True means tap_target='lrc'; drop one of them")

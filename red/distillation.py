@@ -1,0 +1,83 @@
+"""red.distill: from a teacher and text to a plain, narrower Hugging Face checkpoint in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from red.calibration import Calibration
+from red.config import REDConfig
+from red.errors import REDError
+from red.files import require_empty_output
+from red.prepare import load_teacher
+from red.settings import build_config
+from red.trainer import REDTrainer
+
+
+@dataclass
+class DistillResult:
+    """What `distill` returns."""
+
+    student: PreTrainedModel  # the trained student, a plain Hugging Face model
+    path: Path  # its exported checkpoint, reloaded and compared
+    metrics: dict[str, float]  # of the training run, and of eval_data where it was given
+    trainer: REDTrainer
+
+
+def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
+            eval_data=None, calibration: Calibration | str | Path | None = None, config: REDConfig | None = None, callbacks=None,
+            resume: bool = False, **settings) -> DistillResult:
+    """Distil `teacher` into a student of width `hidden_size` and export it to `output_dir/student`.
+
+    Args:
+        teacher: a name on the hub, a folder, or a model; None takes `teacher_model_name_or_path`.
+        train_data: a path (.txt, .jsonl, a saved data set), a `datasets.Dataset`, or an iterable of texts or tokenised examples;
+            None takes `train_file` or `dataset_name`.
+        tokenizer: the teacher's; loaded beside it if None.
+        calibration: a Calibration or its file; None calibrates on the first training rows.
+        config: a REDConfig; or give its fields as keyword `settings`, never both.
+        resume: go on from the last checkpoint in `output_dir`.
+
+    Raises:
+        REDError: bad input, before any training and before anything is written.
+
+    Example:
+        red.distill("teacher", "corpus.txt", hidden_size=1536, output_dir="run", start="activation", max_steps=1000)
+    """
+    if config is not None and settings:
+        raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
+    config = config or build_config(settings)
+    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    train_data = train_data if train_data is not None else config.train_file or _named_dataset(config)
+    if teacher is None or train_data is None:
+        raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
+                       "(or train_file, or dataset_name).")
+    if not resume:
+        require_empty_output(config.output_dir)
+    if not isinstance(teacher, PreTrainedModel):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+        teacher = load_teacher(teacher, config.teacher_dtype)
+    if tokenizer is None:
+        raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    if isinstance(calibration, (str, Path)):
+        calibration = Calibration.load(calibration)
+    trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
+                         calibration=calibration, callbacks=callbacks)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+    path = Path(config.output_dir) / "student"
+    trainer.export(path)
+    return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def _named_dataset(config: REDConfig):
+    if config.dataset_name is None:
+        return None
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
+    return load_dataset(config.dataset_name, split=config.dataset_split)

@@ -1,0 +1,77 @@
+"""Which modules of a Hugging Face decoder read the residual stream, which write to it, and where its norms are.
+
+A *reader* (`q`, `k`, `v`, `gate`, `up`, the head) multiplies the normalised stream: its weight `[out, d]` is narrowed on the input side.
+A *writer* (`o`, `down`, the embedding) adds to the stream: its weight is narrowed on the side of the stream.
+Everything else (biases of readers, q/k norms, rotary embeddings) lives at widths that the student shares with its teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from red.errors import REDError
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+# The seven taps of a layer, in the order of the data's way through it.
+READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+WRITERS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
+TAPS = ("q", "k", "v", "o", "gate", "up", "down")
+NORM_OF = {"q": "input_layernorm", "k": "input_layernorm", "v": "input_layernorm",
+           "gate": "post_attention_layernorm", "up": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One linear module of one layer: `name` is a key of READERS or WRITERS, `path` its place in the model."""
+
+    layer: int
+    name: str
+    path: str
+
+    @property
+    def writes(self) -> bool:
+        return self.name in WRITERS
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise REDError unless the architecture is one whose modules this table describes."""
+    if config.model_type not in SUPPORTED:
+        raise REDError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}. "
+                       "Convert the teacher to one of these, or describe its modules in red/families.py.")
+
+
+def taps(config: PreTrainedConfig) -> list[Tap]:
+    """The `7 L` tapped linear modules, layer by layer."""
+    modules = {**READERS, **WRITERS}
+    return [Tap(layer, name, f"model.layers.{layer}.{modules[name]}")
+            for layer in range(config.num_hidden_layers) for name in TAPS]
+
+
+def norm_paths(config: PreTrainedConfig) -> list[str]:
+    """The `2 L + 1` RMSNorms of the residual stream, in reading order; the last one feeds the head."""
+    paths = [f"model.layers.{layer}.{norm}" for layer in range(config.num_hidden_layers)
+             for norm in ("input_layernorm", "post_attention_layernorm")]
+    return [*paths, "model.norm"]
+
+
+def norm_path_of(tap: Tap) -> str:
+    """The norm whose output a reader multiplies."""
+    return f"model.layers.{tap.layer}.{NORM_OF[tap.name]}"
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """`head_dim`, which Qwen2's config leaves out unless it was given."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head share one parameter."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.model.layers

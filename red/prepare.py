@@ -1,0 +1,83 @@
+"""From what a user gives to what the trainer takes: the teacher, packed rows, and projections that have started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from red import data, families, starts
+from red.calibration import Calibration, calibrate
+from red.config import REDConfig
+from red.errors import REDError
+from red.export import check_width
+from red.projections import Projections
+from red.student import build_student
+
+CALIBRATION_BATCH = 8
+
+
+def load_teacher(name_or_path: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """A teacher from the hub or a folder, without remote code; `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        REDError: the folder is missing, or the architecture is not supported (found before any weight is read).
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if not hasattr(torch, dtype):
+        raise REDError(f"teacher_dtype={dtype!r} is no dtype; use auto, float32 or bfloat16.")
+    looks_like_path = Path(name_or_path).is_absolute() or str(name_or_path).startswith(".")
+    if looks_like_path and not Path(name_or_path).is_dir():
+        raise REDError(f"The teacher folder {name_or_path} does not exist. Give a folder with config.json and safetensors, or a name on the hub.")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise REDError(f"Cannot read the teacher {str(name_or_path)!r}: {error}") from error
+    families.check_family(config)
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype), trust_remote_code=False)
+
+
+def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict]:
+    """Rows for the trainer; a source whose rows carry a `token_mask` is packed already and passes through."""
+    if isinstance(source, data.PackedDataset):
+        return source
+    examples = data.load_examples(source, tokenizer, text_column=config.text_column, max_length=config.max_length)
+    data.check_examples(examples, tokenizer, teacher.config.vocab_size, max_length=config.max_length)
+    return data.pack(examples, config.max_length, pad_token_id=data.pad_id(tokenizer, teacher.config), packing=config.packing)
+
+
+def calibration_batches(rows: Sequence[dict], samples: int) -> Iterable[dict[str, torch.Tensor]]:
+    """The first `samples` rows in small batches, in order."""
+    subset = torch.utils.data.Subset(rows, range(min(samples, len(rows))))
+    return DataLoader(subset, batch_size=CALIBRATION_BATCH, collate_fn=data.collate)
+
+
+def start_projections(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | None = None,
+                      calibration: Calibration | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> Projections:
+    """Build the student, calibrate if the start needs it and none is given, and start the projections.
+
+    Args:
+        rows: packed rows; the first `config.calibration_samples` are the calibration text where no `calibration` is given.
+
+    Raises:
+        REDError: unsupported family, wrong width, unknown start, a calibration of another model, NaN activations.
+    """
+    families.check_family(teacher.config)
+    check_width(teacher.config, config.hidden_size)
+    start = starts.get(config.start)
+    tokenizer_hash = data.tokenizer_hash(tokenizer) if tokenizer is not None else ""
+    if calibration is not None:
+        calibration.check(teacher, tokenizer_hash)
+    elif start.needs:
+        if not rows:
+            raise REDError(f"start={config.start!r} needs calibration text. Pass rows, or a calibration.")
+        calibration = calibrate(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
+                                covariance="covariance" in start.needs, tokenizer_hash=tokenizer_hash)
+    context = starts.StartContext(teacher, config.hidden_size, calibration, config.seed, config.start_std, config.norm_scale)
+    # fp32 parameters whatever the teacher's dtype: gradients then accumulate in fp32, and autocast computes in bf16
+    dtype = torch.promote_types(teacher.dtype, torch.float32)
+    return Projections(teacher, build_student(teacher, config.hidden_size, dtype=dtype), start(context))

@@ -1,0 +1,121 @@
+"""The seven taps of a layer: hooks that compare a linear module's output in the student with the same module's in the teacher.
+
+Teacher first, without gradient: its outputs are kept until the student's hook has used them. q, k, v, gate and up have one width in both models. The
+outputs of `o` and `down` do not; what they are compared with is `target`:
+
+    "gather"     the teacher's output at the student's channels (selection starts only; no product)
+    "projected"  the teacher's output times the module's current B, detached
+    "lrc"        as published (arXiv 2505.12781): attention at the teacher's width, `attn_S W_oᵀ` against the teacher's; FFN against `B · teacher`
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from red import families
+from red.errors import REDError
+from red.projections import Projections
+from red_kernels import tap_mse
+
+TARGETS = ("auto", "gather", "projected", "lrc")
+
+
+class Taps:
+    """Hooks on all `7 L` tapped modules of a teacher and its student.
+
+    Args:
+        target: one of TARGETS; "auto" is "gather" for selection starts and "projected" else.
+        detach_target: False lets the FFN tap train `B` through its target too, as the public LRC code does.
+
+    Use, per forward:
+        with taps.recording(): teacher(...)
+        with taps.comparing(mask, num_tokens): student(...)
+        loss = taps.loss()
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, projections: Projections, *, target: str = "auto",
+                 detach_target: bool = True):
+        if target not in TARGETS:
+            raise REDError(f"tap_target={target!r} is unknown; use one of {', '.join(map(repr, TARGETS))}.")
+        if target == "auto":
+            target = "projected" if projections.channels is None else "gather"
+        if target == "gather" and projections.channels is None:
+            raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
+        self.target, self.detach_target, self.projections = target, detach_target, projections
+        self.channels = None if projections.channels is None else projections.channels.to(student.device)
+        self._mode, self._targets, self._losses = None, {}, {}
+        self._handles = []
+        for tap in families.taps(teacher.config):
+            self._handles.append(teacher.get_submodule(tap.path).register_forward_hook(self._record(tap)))
+            self._handles.append(student.get_submodule(tap.path).register_forward_hook(self._compare(tap)))
+
+    def remove(self) -> None:
+        """Take the hooks off both models."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self):
+        self._targets.clear()
+        with self._in_mode("record"):
+            yield
+
+    @contextmanager
+    def comparing(self, mask: Tensor | None, num_tokens: Tensor | float | None):
+        """mask [B, T] bool of the tokens that count; `num_tokens` the global count that divides (None: the local one)."""
+        self._losses.clear()
+        self._mask, self._num_tokens = mask, num_tokens
+        with self._in_mode("compare"):
+            yield
+        self._targets.clear()
+
+    def loss(self) -> Tensor:
+        """The sum over layers and taps of the last comparison, fp32."""
+        total = torch.stack([loss.float() if loss.dtype != torch.float64 else loss for loss in self._losses.values()]).sum()
+        self._losses.clear()
+        return total
+
+    @contextmanager
+    def _in_mode(self, mode: str):
+        self._mode = mode
+        try:
+            yield
+        finally:
+            self._mode = None
+
+    def _record(self, tap: families.Tap):
+        def hook(_module, _args, output: Tensor) -> None:
+            if self._mode == "record":
+                self._targets[tap] = output.detach()
+        return hook
+
+    def _compare(self, tap: families.Tap):
+        name = f"{tap.path}.weight"
+
+        def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._mode != "compare":
+                return
+            # Keyed by tap, so that a recomputed forward (activation checkpointing) replaces its loss instead of adding to it.
+            self._losses[tap] = self._tap_loss(tap, name, args[0], output, self._targets[tap])
+        return hook
+
+    def _tap_loss(self, tap: families.Tap, name: str, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        index = None
+        if tap.writes:
+            factor = self.projections[name]
+            if self.target == "gather":
+                index = self.channels
+            elif self.target == "lrc" and tap.name == "o":
+                output = linear(module_input, factor.teacher.to(output.dtype))
+                if factor.teacher_bias is not None:
+                    output = output + factor.teacher_bias.to(output.dtype)
+            else:
+                master = factor.master.detach() if self.detach_target else factor.master
+                target = linear(target.to(master.dtype), master)
+        return tap_mse(output, target, self._mask, index=index, num_tokens=self._num_tokens)

@@ -1,0 +1,202 @@
+"""REDTrainer: transformers' Trainer with the projections on the optimiser's side.
+
+The order of one optimiser step, and where each part hangs in Trainer:
+    micro-batches   teacher forward (no grad, taps) · student forward + backward        compute_loss
+    once            pull_back, then clip the projections' gradients                     _clip_grad_norm / _get_grad_norm
+    once            AdamW on projections and gains                                      create_optimizer
+    once            push_forward, forget the gradients                                  the optimiser's post-hook
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from red import losses
+from red.calibration import Calibration
+from red.config import REDConfig
+from red.data import collate
+from red.errors import REDError
+from red.export import export
+from red.files import atomic_write_safetensors
+from red.prepare import pack_rows, start_projections
+from red.projections import Projections
+from red.taps import Taps
+from red_kernels import linear_kd
+
+PROJECTIONS_FILE = "projections.safetensors"
+
+
+class REDTrainer(Trainer):
+    """Distil a teacher into a student of width `args.hidden_size`.
+
+    Args:
+        teacher: the frozen teacher; moved to the training device and set to eval mode.
+        args: a REDConfig.
+        train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset.
+        processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
+        calibration: channel statistics; None takes them on the first training rows.
+        projections: ready ones, of a student and start of your own; None starts them as `args` says.
+        Others as in transformers' Trainer.
+
+    Raises:
+        REDError: bad input, before any training.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, args: REDConfig, train_dataset=None, eval_dataset=None, processing_class=None,
+                 calibration: Calibration | None = None, projections: Projections | None = None, **kwargs):
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process per GPU (torchrun, accelerate launch): DataParallel would replicate the student behind its projections
+        self.teacher = teacher.eval().to(args.device)
+        rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
+        self.projections = projections or start_projections(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
+        bind_training_forward(self.student)
+        super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
+                         data_collator=kwargs.pop("data_collator", collate), **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
+                           "Use one GPU, or data parallel (torchrun).")
+        # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
+        self.model_accepts_loss_kwargs = True
+        self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target,
+                         detach_target=not args.lrc_faithful) if args.tap_weight else None
+        self._counts: losses.Counts | None = None
+        self._parts, self._parts_step = torch.zeros(3), 0
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The plain Hugging Face model that is being trained."""
+        return self.projections.student
+
+    # ---- the objective ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = self._counts if model.training and self._counts is not None else losses.count([inputs], self.args.device)
+        place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
+        with torch.no_grad(), self.accelerator.autocast(), self._recording():
+            teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
+
+        faithful = self.args.lrc_faithful
+        token_mask = None if faithful else inputs["token_mask"]
+        with self._comparing(token_mask, counts.positions if faithful else counts.tokens):
+            loss, ce, kl = model(**place, distil=functools.partial(self._kd, teacher_hidden, inputs["labels"], counts))
+        tap = self.taps.loss() if self.taps else torch.zeros((), device=loss.device)
+        loss = loss + self.args.tap_weight * tap
+        if model.training:
+            self._parts = self._parts.to(loss.device) + torch.stack([ce, kl, tap.detach()]).float()
+        return (loss, None) if return_outputs else loss
+
+    def _kd(self, teacher_hidden: Tensor, labels: Tensor, counts: losses.Counts, hidden: Tensor, head: Tensor):
+        """CE + KL from both models' last hidden states; runs inside the (possibly wrapped) student's forward."""
+        args, flat = self.args, lambda x: x.flatten(0, 1)
+        labels = flat(losses.next_labels(labels))
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, head = hidden.to(dtype), head.to(dtype)
+        every = torch.ones_like(labels, dtype=torch.bool) if args.lrc_faithful else None
+        return linear_kd(flat(hidden), head, flat(teacher_hidden), self.teacher.get_output_embeddings().weight, labels, kl_mask=every,
+                         temperature=args.temperature, divergence=args.divergence, beta=args.jsd_beta, ce_weight=args.ce_weight,
+                         kl_weight=args.kl_weight, num_tokens=counts.labels, num_kl_tokens=counts.rows if args.lrc_faithful else counts.labels,
+                         chunk_size=args.loss_chunk_size)
+
+    def _recording(self):
+        return self.taps.recording() if self.taps else torch.no_grad()
+
+    def _comparing(self, mask, num_tokens):
+        return self.taps.comparing(mask, num_tokens) if self.taps else torch.enable_grad()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Count all micro-batches of the coming step, over all ranks; data parallel averages gradients, hence the world size."""
+        counts = losses.count(batch_samples, device).stacked()
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
+        self._counts = losses.Counts(*counts.clamp(min=1e-6).unbind())
+        return self._counts.labels
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs, start_time=None):
+        """Adds the parts of the loss: means over the steps since the last log."""
+        steps = self.state.global_step - self._parts_step
+        if "loss" in logs and steps > 0:
+            parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
+            logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / steps).tolist(), strict=True))
+            self._parts, self._parts_step = torch.zeros(3), self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- the step ----
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            gains = [factor.master for factor in self.projections if factor.side == "gain"]
+            maps = [factor.master for factor in self.projections if factor.side != "gain"]
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class([{"params": maps, "weight_decay": self.args.weight_decay},
+                                              {"params": gains, "weight_decay": 0.0}], **settings)
+            self.optimizer.register_step_pre_hook(lambda *_: self.projections.pull_back())
+            self.optimizer.register_step_post_hook(lambda *_: self.projections.push_forward())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        self.projections.pull_back()
+        return self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
+            self.projections.pull_back()
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None])
+        return grad_norm
+
+    # ---- files ----
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The plain student, and beside it the projections that rebuild it from the teacher."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projections(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_projections(self.state.best_model_checkpoint)
+
+    def _load_projections(self, folder) -> None:
+        path = Path(folder) / PROJECTIONS_FILE
+        if not path.is_file():
+            raise REDError(f"{folder} has no {PROJECTIONS_FILE}: it is not a checkpoint of a REDTrainer. "
+                           "Resume from a checkpoint-N folder that red wrote.")
+        self.projections.load_state_dict(load_file(path))
+        self._parts_step = self.state.global_step
+
+    def export(self, output_dir, **kwargs):
+        """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`."""
+        return export(self.student, self.processing_class, output_dir, **kwargs)
+
+
+def bind_training_forward(student: PreTrainedModel) -> None:
+    """Give this instance a forward that, called with `distil=f`, returns `f(hidden [B, T, d'], head [V, d'])` and is itself otherwise.
+
+    The loss must run inside the module that DDP or FSDP wraps: calling `student.model(...)` beneath the wrapper would skip its gradient
+    reduction. A bound method, so that a deep copy of the student is bound to the copy.
+    """
+    plain = type(student).forward
+
+    @functools.wraps(plain)
+    def forward(self, *args, distil=None, **kwargs):
+        if distil is None:
+            return plain(self, *args, **kwargs)
+        return distil(self.model(*args, **kwargs, use_cache=False).last_hidden_state, self.get_output_embeddings().weight)
+
+    student.forward = types.MethodType(forward, student)
