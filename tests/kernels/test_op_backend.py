@@ -1,0 +1,42 @@
+"""RED_BACKEND, and the public names."""
+
+import pytest
+import torch
+
+import red_kernels
+from red_kernels import backend
+
+X = torch.randn(2, 3, 4)
+CALLS = {
+    "channel_stats": lambda: red_kernels.channel_stats(X),
+    "gather": lambda: red_kernels.gather(X, torch.tensor([1])),
+    "linear_kd": lambda: red_kernels.linear_kd(X[0], X[1], X[0], X[1], torch.tensor([0, 1, 2])),
+    "tap_mse": lambda: red_kernels.tap_mse(X, X),
+    "erank": lambda: red_kernels.erank(X),
+    "erank_spectrum": lambda: red_kernels.erank_spectrum(X),
+}
+
+
+def test_public_names():
+    assert set(red_kernels.__all__) == {*CALLS, "ChannelStats", "LinearKD"}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_every_op_obeys_the_environment(op, monkeypatch):
+    for choice in ("auto", "torch", ""):
+        monkeypatch.setenv("RED_BACKEND", choice)
+        CALLS[op]()
+    monkeypatch.setenv("RED_BACKEND", "triton")
+    if op not in backend.TRITON_OPS:
+        with pytest.raises(RuntimeError, match=f"no Triton kernel for op '{op}' yet"):
+            CALLS[op]()
+    monkeypatch.setenv("RED_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="RED_BACKEND='cuda' is not a backend; expected one of auto, torch, triton"):
+        CALLS[op]()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_every_op_is_registered_for_cpu_and_cuda(op):
+    name = f"red::{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
