@@ -4,7 +4,8 @@ The channel score is RED's (arXiv 2605.29327): per sequence and point the mean o
 mean over points. The papers do not say where the activation is read, so `tap` offers both: "residual" is the stream after the embedding
 and after each layer (L + 1 points), "norm" the outputs of the norms (2 L + 1 points).
 
-Two more statistics serve the norm gains and the starts that rotate or predict. Both are of `z = x / rms(x)`, the stream as a norm
+The mean square of each tapped module's output says how large an error there is. Two more statistics serve the norm gains and the starts
+that rotate or predict; both are of `z = x / rms(x)`, the stream as a norm
 without gain returns it, at the 2 L + 1 points where it is read: the mean square per channel and point, O(L d), and on demand the
 second moment `C = E[zᵀz]` pooled over points, O(d²).
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ class Calibration:
 
     scores: Tensor  # [d] fp64: RED's importance of each channel
     mean_square: Tensor  # [2L+1, d] fp64: E[z²] at each norm, in reading order
+    tap_square: Tensor  # [L, 7] fp64: mean square of each tapped module's output, in the order of families.TAPS
     covariance: Tensor | None  # [d, d] fp64: pooled E[zᵀz], or None if it was not asked for
     tap: str
     sequences: int
@@ -46,23 +48,23 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (scores, moments; the rest as metadata)."""
-        tensors = {"scores": self.scores, "mean_square": self.mean_square}
-        if self.covariance is not None:
-            tensors["covariance"] = self.covariance
-        facts = {key: value for key, value in vars(self).items() if not isinstance(value, Tensor) and value is not None}
-        atomic_write_safetensors(path, {key: tensor.contiguous() for key, tensor in tensors.items()},
-                                 metadata={"calibration": json.dumps(facts)})
+        tensors = {key: value.contiguous() for key, value in vars(self).items() if isinstance(value, Tensor)}
+        facts = {key: value for key, value in vars(self).items() if key not in tensors and value is not None}
+        atomic_write_safetensors(path, tensors, metadata={"calibration": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote; REDError if the file is not a calibration."""
         if not Path(path).is_file():
             raise REDError(f"There is no calibration file {path}. Make one with red.calibrate(...).save(path).")
-        with safe_open(path, "pt") as file:
-            facts = (file.metadata() or {}).get("calibration")
-            if facts is None:
-                raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(path, "pt") as file:
+                facts = (file.metadata() or {}).get("calibration")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise REDError(f"{path} is not a calibration: {error}. Make one with red.calibrate(...).save(path).") from error
+        if facts is None:
+            raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
         return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
 
     def check(self, teacher: PreTrainedModel, tokenizer_hash: str = "") -> None:
@@ -126,12 +128,15 @@ class _Sums:
         d, points = config.hidden_size, config.num_hidden_layers + 1 if tap == "residual" else len(self.norms)
         self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
         self.square = torch.zeros(len(self.norms), d, dtype=torch.float64)
+        self.taps = families.taps(config)
+        self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), dtype=torch.float64)
         self.covariance = torch.zeros(d, d, dtype=torch.float64) if covariance else None
         self.sequences = self.tokens = 0
 
     @contextmanager
     def watching(self, teacher: PreTrainedModel):
         handles = [teacher.get_submodule(path).register_forward_hook(self._hook(point)) for point, path in enumerate(self.norms)]
+        handles += [teacher.get_submodule(tap.path).register_forward_hook(self._tap_hook(tap)) for tap in self.taps]
         try:
             yield
         finally:
@@ -165,6 +170,13 @@ class _Sums:
                 self.covariance += (z.T @ z).double().cpu()
         return hook
 
+    def _tap_hook(self, tap: families.Tap):
+        place = (tap.layer, families.TAPS.index(tap.name))
+
+        def hook(_: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.tap_square[place] += output[self.mask].double().square().mean(-1).sum().cpu()
+        return hook
+
     def finish(self, tap: str, model: str, tokenizer: str) -> Calibration:
         if self.tokens == 0:
             raise REDError("The calibration set has no token. Give at least one sequence of text.")
@@ -174,7 +186,7 @@ class _Sums:
                 raise REDError(f"The teacher's {what} is NaN or infinite at point {point}, channel {channel} of the residual stream. "
                                "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
         covariance = None if self.covariance is None else self.covariance / (self.tokens * len(self.norms))
-        return Calibration(self.squared_means.sqrt().mean(0), self.square / self.tokens, covariance, tap,
+        return Calibration(self.squared_means.sqrt().mean(0), self.square / self.tokens, self.tap_square / self.tokens, covariance, tap,
                            self.sequences, self.tokens, model, tokenizer)
 
 

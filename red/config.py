@@ -42,6 +42,7 @@ class REDConfig(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term (no T² factor)."})
     tap_weight: float = field(default=0.2, metadata={"help": "Weight of the summed mean squared errors of the seven taps per layer; 0 turns them off."})
     tap_target: str = field(default="auto", metadata={"help": "Target of the two output taps: gather, projected, lrc, or auto."})
+    tap_normalize: bool | None = field(default=None, metadata={"help": "Divide each tap's error by the mean square of the teacher's output there; on, but off with lrc_faithful."})
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: undetached FFN target, attention tap at teacher width, T=40, its reductions."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens whose logits exist at a time."})
 
@@ -55,6 +56,8 @@ class REDConfig(TrainingArguments):
         super().__post_init__()
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0
+        if self.tap_normalize is None:
+            self.tap_normalize = not self.lrc_faithful
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
         self._check()
@@ -77,3 +80,4 @@ class REDConfig(TrainingArguments):
         require(self.start_std > 0, "start_std", "must be above 0")
         require(not self.fp16, "fp16", "a gradient scaler would scale the gradients behind the projections' back; use bf16=True")
         require(not self.lrc_faithful or self.tap_target == "lrc", "tap_target", "lrc_faithful=True means tap_target='lrc'; drop one of them")
+        require(not (self.lrc_faithful and self.tap_normalize), "tap_normalize", "lrc_faithful=True has plain errors; drop one of them")

@@ -56,27 +56,34 @@ def calibration_batches(rows: Sequence[dict], samples: int) -> Iterable[dict[str
     return DataLoader(subset, batch_size=CALIBRATION_BATCH, collate_fn=data.collate)
 
 
-def start_projections(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | None = None,
-                      calibration: Calibration | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> Projections:
-    """Build the student, calibrate if the start needs it and none is given, and start the projections.
-
-    Args:
-        rows: packed rows; the first `config.calibration_samples` are the calibration text where no `calibration` is given.
-
-    Raises:
-        REDError: unsupported family, wrong width, unknown start, a calibration of another model, NaN activations.
-    """
+def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
+    """Refuse an unsupported family, a width that cannot be, or an unknown start, before anything is computed."""
     families.check_family(teacher.config)
     check_width(teacher.config, config.hidden_size)
-    start = starts.get(config.start)
+    starts.get(config.start)
+
+
+def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | None = None,
+                      calibration: Calibration | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> Calibration:
+    """The given calibration, checked to be this teacher's, or a new one of the first `config.calibration_samples` rows."""
     tokenizer_hash = data.tokenizer_hash(tokenizer) if tokenizer is not None else ""
     if calibration is not None:
         calibration.check(teacher, tokenizer_hash)
-    elif start.needs:
-        if not rows:
-            raise REDError(f"start={config.start!r} needs calibration text. Pass rows, or a calibration.")
-        calibration = calibrate(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
-                                covariance="covariance" in start.needs, tokenizer_hash=tokenizer_hash)
+        return calibration
+    if not rows:
+        raise REDError("A calibration needs text. Pass train_dataset, or a calibration.")
+    return calibrate(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
+                     covariance="covariance" in starts.get(config.start).needs, tokenizer_hash=tokenizer_hash)
+
+
+def start_projections(teacher: PreTrainedModel, config: REDConfig, calibration: Calibration | None = None) -> Projections:
+    """Build the student and start its projections.
+
+    Raises:
+        REDError: unsupported family, wrong width, unknown start, or a calibration that the start needs and that is not there.
+    """
+    check_request(teacher, config)
+    start = starts.get(config.start)
     context = starts.StartContext(teacher, config.hidden_size, calibration, config.seed, config.start_std, config.norm_scale)
     # fp32 parameters whatever the teacher's dtype: gradients then accumulate in fp32, and autocast computes in bf16
     dtype = torch.promote_types(teacher.dtype, torch.float32)

@@ -31,6 +31,8 @@ class Taps:
     Args:
         target: one of TARGETS; "auto" is "gather" for selection starts and "projected" else.
         detach_target: False lets the FFN tap train `B` through its target too, as the public LRC code does.
+        mean_square: [L, 7] of the teacher's outputs, from a calibration. Each tap's error is divided by it, so that it counts as a share of what the
+            teacher says there: without this the taps with the largest outputs, often one FFN, are all that trains. None: plain errors.
 
     Use, per forward:
         with taps.recording(): teacher(...)
@@ -39,7 +41,7 @@ class Taps:
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, projections: Projections, *, target: str = "auto",
-                 detach_target: bool = True):
+                 detach_target: bool = True, mean_square: Tensor | None = None):
         if target not in TARGETS:
             raise REDError(f"tap_target={target!r} is unknown; use one of {', '.join(map(repr, TARGETS))}.")
         if target == "auto":
@@ -48,6 +50,7 @@ class Taps:
             raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
         self.target, self.detach_target, self.projections = target, detach_target, projections
         self.channels = None if projections.channels is None else projections.channels.to(student.device)
+        self.mean_square = mean_square
         self._mode, self._targets, self._losses = None, {}, {}
         self._handles = []
         for tap in families.taps(teacher.config):
@@ -97,12 +100,14 @@ class Taps:
 
     def _compare(self, tap: families.Tap):
         name = f"{tap.path}.weight"
+        square = 1.0 if self.mean_square is None else float(self.mean_square[tap.layer, families.TAPS.index(tap.name)]) or 1.0
 
         def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self._mode != "compare":
                 return
             # Keyed by tap, so that a recomputed forward (activation checkpointing) replaces its loss instead of adding to it.
-            self._losses[tap] = self._tap_loss(tap, name, args[0], output, self._targets[tap])
+            loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
+            self._losses[tap] = loss if square == 1.0 else loss / square
         return hook
 
     def _tap_loss(self, tap: families.Tap, name: str, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:

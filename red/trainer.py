@@ -25,7 +25,7 @@ from red.data import collate
 from red.errors import REDError
 from red.export import export
 from red.files import atomic_write_safetensors
-from red.prepare import pack_rows, start_projections
+from red.prepare import check_request, pack_rows, ready_calibration, start_projections
 from red.projections import Projections
 from red.taps import Taps
 from red_kernels import linear_kd
@@ -54,8 +54,11 @@ class REDTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process per GPU (torchrun, accelerate launch): DataParallel would replicate the student behind its projections
         self.teacher = teacher.eval().to(args.device)
+        check_request(teacher, args)
         rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
-        self.projections = projections or start_projections(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
+        if calibration is not None or rows[0] is not None:
+            calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
+        self.projections = projections or start_projections(self.teacher, args, calibration)
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=kwargs.pop("data_collator", collate), **kwargs)
@@ -65,7 +68,8 @@ class REDTrainer(Trainer):
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target,
-                         detach_target=not args.lrc_faithful) if args.tap_weight else None
+                         detach_target=not args.lrc_faithful,
+                         mean_square=calibration.tap_square if args.tap_normalize and calibration else None) if args.tap_weight else None
         self._counts: losses.Counts | None = None
         self._parts, self._parts_step = torch.zeros(3), 0
 

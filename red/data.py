@@ -1,0 +1,255 @@
+"""From what a user has (paths, data sets, texts, ids) to tokenised examples that are known to be good before anything trains.
+
+An example is a dict with `input_ids` (int32 array) and, where some tokens are not to be predicted, `labels` of the same length
+(-100 there). `red.packing` makes rows of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from red.errors import REDError
+from red.files import atomic_write_text, nearest, require_existing
+from red.packing import IGNORE, PackedDataset, collate, flatten, pack, split
+
+__all__ = ["IGNORE", "PackedDataset", "check_examples", "collate", "flatten", "load_examples", "pack", "pad_id", "save_examples", "tokenizer_hash"]
+
+BATCH = 1000  # texts that are tokenised together
+HASH_KEY = "tokenizer_hash"
+
+
+def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None) -> list[dict[str, np.ndarray]]:
+    """Read and tokenise.
+
+    Args:
+        source: one of
+            a path to .txt: documents separated by blank lines; a file without blank lines holds one document a line;
+            a path to .jsonl: one object a line, as the dicts below; the first line may be `{"tokenizer_hash": …}` alone;
+            a path to a folder that `datasets.save_to_disk` wrote (a DatasetDict's "train" split is taken);
+            a `datasets.Dataset`, or an IterableDataset that ends;
+            an iterable of texts or of dicts. Dicts have `input_ids` (optionally `labels`, `attention_mask`), or `prompt` and `completion`
+            (the prompt gets no loss; both are tokenised separately, as a prompt is at inference), or the column `text_column`.
+        tokenizer: the teacher's; may be None where every example has `input_ids`. Texts end with its eos token, where it has one.
+        max_length: longer examples are cut into pieces of this many tokens; None leaves them whole.
+
+    Raises:
+        REDError: a missing path, an unknown format or column, tokens of another tokenizer, examples that contradict themselves.
+    """
+    examples: list[dict] = []
+    items = _items(source, tokenizer)
+    while chunk := list(islice(items, BATCH)):
+        examples += _tokenise(chunk, tokenizer, text_column, first=len(examples))
+    if max_length is not None:
+        examples = [piece for example in examples for piece in split(example, max_length)]
+    return examples
+
+
+def save_examples(path: str | Path, examples: Iterable[Mapping], tokenizer) -> None:
+    """Write tokenised examples as .jsonl that knows its tokenizer: `load_examples` refuses it with another one."""
+    lines = [json.dumps({HASH_KEY: tokenizer_hash(tokenizer)})]
+    lines += [json.dumps({key: np.asarray(value).tolist() for key, value in example.items()}) for example in examples]
+    atomic_write_text(path, "\n".join(lines) + "\n")
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of the vocabulary and the ids of bos, eos and unk: equal hashes mean that ids mean the same.
+
+    The padding token is left out: people set it to eos at will, and no loss sees it.
+    """
+    specials = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
+    canonical = json.dumps([sorted(tokenizer.get_vocab().items()), specials], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def pad_id(tokenizer=None, config=None) -> int:
+    """An id to pad with: the tokenizer's, else the config's, else an eos, else 0. Any would do, for no loss and no document sees it."""
+    for owner in (tokenizer, config):
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(owner, name, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and value >= 0:
+                return value
+    return 0
+
+
+def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, max_length: int | None = None) -> None:
+    """Refuse what would train on nothing, crash in an embedding, or turn into NaN.
+
+    Args:
+        examples: what `load_examples` returned.
+        tokenizer: the teacher's, or None where there is none.
+        vocab_size: rows of the teacher's embedding.
+        max_length: tokens of a row; None does not ask for a full one.
+
+    Raises:
+        REDError: no tokens; fewer than one row has; ids or labels out of range; padding among the tokens; a tokenizer with more entries than the embedding.
+    """
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise REDError(f"The tokenizer has {len(tokenizer)} entries but the teacher's embedding has {vocab_size}: it is not this teacher's. "
+                       "Use the tokenizer that was saved with the teacher.")
+    total = sum(len(example["input_ids"]) for example in examples)
+    if total == 0:
+        raise REDError(f"The data set is empty: {len(examples)} examples, 0 tokens. Give text, or check the file and the name of its column.")
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = None if pad == getattr(tokenizer, "eos_token_id", None) else pad
+    for index, example in enumerate(examples):
+        ids = np.asarray(example["input_ids"])
+        bad = (ids < 0) | (ids >= vocab_size)
+        if bad.any():
+            raise REDError(f"Example {index} has the id {ids[bad][0]} at token {bad.argmax()}, outside the teacher's vocabulary of {vocab_size} "
+                           f"(0 … {vocab_size - 1}). Tokenise the data with the teacher's own tokenizer.")
+        labels = np.asarray(example.get("labels", ids))
+        bad = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
+        if bad.any():
+            raise REDError(f"Example {index} has the label {labels[bad][0]} at token {bad.argmax()}: use an id below {vocab_size}, or {IGNORE} "
+                           "for a token without loss.")
+        if pad is not None and len(ids) > 1 and (ids[0] == pad or ids[-1] == pad):
+            raise REDError(f"Example {index} is padded: it has {int((ids == pad).sum())} tokens with the id {pad} ({tokenizer.pad_token!r}). "
+                           "Give its attention_mask, or remove the padding; red packs the rows itself.")
+    if max_length is not None and total < max_length:
+        raise REDError(f"The data set has {total} tokens in {len(examples)} examples, less than one sequence of max_length={max_length}. "
+                       f"Give more text, or set max_length to {total} or less.")
+
+
+def _items(source, tokenizer) -> Iterator:
+    """Texts and dicts, one by one, from any source."""
+    if isinstance(source, (str, Path)):
+        source = _open(Path(source), tokenizer)
+    if hasattr(source, "column_names") and hasattr(source, "info"):  # a datasets.Dataset or IterableDataset
+        stored = re.search(HASH_KEY + r"\W{1,3}([0-9a-f]{64})", source.info.description or "")
+        _check_hash(stored and stored.group(1), tokenizer, "The data set")
+    elif isinstance(source, Mapping):
+        raise REDError(f"The data is a dict with the keys {', '.join(map(str, source))}, not a sequence of examples. "
+                       "Give one of its splits, or a list of dicts.")
+    elif not isinstance(source, Iterable):
+        raise REDError(f"Data of type {type(source).__name__} cannot be read. Give a path, a datasets.Dataset, or an iterable of texts or dicts.")
+    return iter(source)
+
+
+def _open(path: Path, tokenizer) -> Iterable:
+    require_existing(path, "The data path")
+    if path.is_dir():
+        return _saved_dataset(path)
+    if path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8")
+        documents = re.split(r"\n[ \t\r]*\n", text.strip())
+        return documents if len(documents) > 1 else text.strip().splitlines()
+    if path.suffix == ".jsonl":
+        return _json_lines(path, tokenizer)
+    raise REDError(f"The data file {str(path)!r} ends in {path.suffix or 'nothing'!r}; red reads .txt, .jsonl and folders of "
+                   "datasets.save_to_disk. Convert it, or load it with `datasets` and pass the data set.")
+
+
+def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line.") from error
+            if isinstance(value, dict) and set(value) == {HASH_KEY}:
+                _check_hash(value[HASH_KEY], tokenizer, str(path))
+            else:
+                yield value
+
+
+def _saved_dataset(path: Path):
+    if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        raise REDError(f"The folder {str(path)!r} is not a data set that datasets.save_to_disk wrote (no state.json). Name a file in it.")
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise REDError(f"{str(path)!r} is a saved data set, and reading it needs the `datasets` package. Run: pip install datasets") from error
+    loaded = load_from_disk(str(path))
+    if isinstance(loaded, DatasetDict):
+        if "train" not in loaded:
+            raise REDError(f"{str(path)!r} has the splits {', '.join(loaded)}, and no train. Name one: {path / next(iter(loaded))}")
+        return loaded["train"]
+    return loaded
+
+
+def _check_hash(stored: str | None, tokenizer, what: str) -> None:
+    if stored and tokenizer is not None and stored != tokenizer_hash(tokenizer):
+        raise REDError(f"{what} was tokenised by another tokenizer (hash {stored[:12]}; the teacher's is {tokenizer_hash(tokenizer)[:12]}). "
+                       "Tokenise its text again with the teacher's tokenizer, or give the text itself.")
+
+
+def _tokenise(items: list, tokenizer, text_column: str, first: int) -> list[dict]:
+    """One batch of texts and dicts -> examples; empty ones are left out."""
+    texts: list[tuple[int, str, bool]] = []  # item, text, is it the beginning of its example
+    for index, item in enumerate(items):
+        if isinstance(item, str):
+            texts.append((index, item, True))
+        elif not isinstance(item, Mapping):
+            raise REDError(f"Example {first + index} is a {type(item).__name__}; a text or a dict is needed.")
+        elif "input_ids" not in item:
+            texts += [(index, text, begins) for text, begins in _texts_of(item, first + index, text_column)]
+    if texts and tokenizer is None:
+        raise REDError(f"Example {first + texts[0][0]} is text, and there is no tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(teacher).")
+
+    parts: dict[int, list[list[int]]] = {}
+    for begins in (True, False):  # only a beginning gets the tokenizer's own bos
+        chosen = [(index, text) for index, text, is_first in texts if is_first == begins]
+        if chosen:
+            encoded = tokenizer([text for _, text in chosen], add_special_tokens=begins, truncation=False, padding=False, verbose=False)
+            for (index, _), ids in zip(chosen, encoded["input_ids"], strict=True):
+                parts.setdefault(index, []).append(ids)
+    blank = parts.keys() - {index for index, text, _ in texts if text.strip()}
+    examples = [_finish(parts[index], tokenizer.eos_token_id) if index in parts else _given(item, first + index)
+                for index, item in enumerate(items) if index not in blank]
+    return [example for example in examples if len(example["input_ids"])]
+
+
+def _texts_of(item: Mapping, number: int, text_column: str) -> list[tuple[str, bool]]:
+    if "prompt" in item and "completion" in item:
+        texts = [(item["prompt"], True), (item["completion"], False)]
+    elif text_column in item:
+        texts = [(item[text_column], True)]
+    else:
+        like = nearest(text_column, map(str, item))
+        raise REDError(f"Example {number} has the columns {', '.join(map(str, item)) or '(none)'}; red reads {text_column!r} (text_column), "
+                       f"prompt and completion, or input_ids.{f' Did you mean text_column={like!r}?' if like else ' Set text_column.'}")
+    for text, _ in texts:
+        if not isinstance(text, str):
+            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. Render chats with tokenizer.apply_chat_template first.")
+    return texts
+
+
+def _finish(parts: list[list[int]], eos: int | None) -> dict:
+    """Join a beginning and, in prompt/completion data, what follows; end with eos; mask the prompt."""
+    if len(parts) == 2 and parts[0][-1:] == [eos]:  # a tokenizer that ends every text itself ended the prompt too
+        parts[0].pop()
+    ids = [token for part in parts for token in part]
+    if eos is not None and (not ids or ids[-1] != eos):
+        ids.append(eos)
+    ids = np.asarray(ids, np.int32)
+    if len(parts) == 1:
+        return {"input_ids": ids}
+    labels = ids.copy()
+    labels[:len(parts[0])] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+def _given(item: Mapping, number: int) -> dict:
+    """An example that is tokenised already: ids as int32, tokens that its attention_mask hides removed."""
+    example = {}
+    for key in ("input_ids", "labels", "attention_mask"):
+        if item.get(key) is not None:
+            value = np.asarray(item[key])
+            if value.ndim != 1 or (value.size and value.dtype.kind not in "iub"):
+                raise REDError(f"Example {number}: {key} must be a flat list of integers, not {value.dtype} of shape {value.shape}.")
+            example[key] = value.astype(np.int64).clip(-2**31, 2**31 - 1).astype(np.int32)
+    for key, value in example.items():
+        if len(value) != len(example["input_ids"]):
+            raise REDError(f"Example {number} has {len(example['input_ids'])} input_ids and {len(value)} {key}; both need the same length.")
+    mask = example.pop("attention_mask", None)
+    return example if mask is None else {key: value[mask != 0] for key, value in example.items()}

@@ -1,0 +1,91 @@
+"""Effective rank of a model's residual stream, layer by layer: how many directions its hidden states really use.
+
+The stream is read where it is, at the entry of the first layer and at the exit of each: transformers' last `hidden_states` entry
+would be the one after the final norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from red import families
+from red.errors import REDError
+from red.evaluate import Item, encode, evaluating, pad, pad_id
+from red_kernels import erank
+
+
+def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4000, batch_size: int = 32) -> list[float]:
+    """eRank (METHOD.md §1) at the embedding and after each of the L layers.
+
+    Args:
+        model: a Llama, Qwen2 or Qwen3 causal language model.
+        tokenizer: its tokenizer; may be None if `texts` are lists of ids.
+        texts: texts, lists of ids, or dicts with "input_ids". Where a dict has "labels", only tokens whose label is not -100 count, so
+            that the eRank of answers can be had without that of the questions.
+        max_tokens: rows of the matrix whose rank is taken; the first ones count. An eRank is below this number and grows with it:
+            compare only at equal text.
+        batch_size: documents that are read together.
+
+    Returns:
+        `L + 1` numbers between 1 and the hidden size; NaN where the states have no spectrum (all equal, or not finite).
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = []
+    found = 0
+    for ids, counted in encode(tokenizer, texts, max_length=limit):
+        if found >= max_tokens:
+            break
+        rows.append((ids, counted))
+        found += sum(counted)
+    if found < 2:
+        raise REDError(f"The text has {found} tokens that count: an effective rank needs at least 2. Give more text.")
+    streams: list[list[Tensor]] = []
+    with evaluating(model), _watching(model) as seen:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            ids, mask = pad([row for row, _ in part], model, pad_id(tokenizer), side="right")
+            keep = torch.zeros_like(mask, dtype=torch.bool)
+            for row, (_, counted) in enumerate(part):
+                keep[row, : len(counted)] = torch.tensor(counted, device=keep.device)
+            seen.clear()
+            model.model(input_ids=ids, attention_mask=mask, use_cache=False)  # without the head: logits are not needed
+            streams.append([state[keep] for state in seen])
+    return [float(erank(torch.cat(layer)[:max_tokens].float(), invalid="nan")) for layer in zip(*streams)]
+
+
+def erank_table(name: str, values: Sequence[float], hidden_size: int, tokens: int) -> str:
+    """The eRank per layer as text: a line per layer, its share of the width, and a bar."""
+    lines = [f"Effective rank of {name} (hidden size {hidden_size}, {tokens} tokens)", "", f"{'layer':>9}  {'eRank':>7}  {'of width':>8}"]
+    for layer, value in enumerate(values):
+        label = "embedding" if layer == 0 else str(layer)
+        if math.isfinite(value):
+            share = value / hidden_size
+            lines.append(f"{label:>9}  {value:7.1f}  {share:8.1%}  {'█' * max(1, round(40 * share))}")
+        else:
+            lines.append(f"{label:>9}  {'none':>7}  {'':>8}  all states are equal or not finite: collapsed")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While it is open, the list fills with the stream's L + 1 states [B, T, d] of each forward pass; the reader empties it."""
+    seen: list[Tensor] = []
+    layers = families.decoder_layers(model)
+
+    def before(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def after(module, args, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True), *(layer.register_forward_hook(after) for layer in layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

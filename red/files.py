@@ -1,0 +1,116 @@
+"""Files that are whole or absent: written beside their place, synced, then renamed. And refusals about paths, with the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from red.errors import REDError
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder (a rename must not cross file systems); renamed to `path` on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file that is never seen half-written; makes the folder where it is missing."""
+    with _beside(Path(path)) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """UTF-8 text; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: str | Path, value, *, indent: int | None = 2) -> None:
+    """Strict JSON (NaN and infinity are refused with ValueError: write None); see `atomic_write_bytes`."""
+    atomic_write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def atomic_write_safetensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors by name, each contiguous and none sharing memory with another; see `atomic_write_bytes`."""
+    from safetensors.torch import save_file
+
+    with _beside(Path(path)) as temporary:
+        save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
+
+
+def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: str = "") -> Path:
+    """The path, if it does not exist yet or is an empty folder.
+
+    Args:
+        path: where something is going to be written.
+        what: the setting's name, for the message.
+        remedy: what else the user can do here, a whole sentence.
+
+    Raises:
+        REDError: the path is a file, a folder with something in it, or in a place where nothing can be written. Nothing is touched.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise REDError(f"{what}={str(path)!r} is a file; a folder that does not exist yet, or an empty one, is needed. Choose another path.")
+    if path.is_dir():
+        entries = sorted(entry.name for entry in path.iterdir())
+        if entries:
+            shown = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+            raise REDError(f"{what}={str(path)!r} is not empty (it holds {shown}) and nothing is overwritten. "
+                           f"Choose another folder, or move this one away.{' ' + remedy if remedy else ''}")
+    parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise REDError(f"{what}={str(path)!r} cannot be made: {parent} is not a folder that this user may write to. Choose another path.")
+    return path
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None if none is like it. Hyphens and case do not count."""
+    fold = {known_name.lower().replace("-", "_"): known_name for known_name in sorted(known, reverse=True)}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), fold, n=1, cutoff=0.5)
+    return fold[found[0]] if found else None
+
+
+def require_existing(path: str | Path, what: str) -> Path:
+    """The path, if it exists.
+
+    Raises:
+        REDError: naming the part that is missing and the sibling with the nearest name.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    siblings = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    like = nearest(missing.name, siblings)
+    hint = f"did you mean {str(missing.parent / like)!r}?" if like else f"{str(missing.parent.absolute())!r} holds nothing of a like name."
+    part = "" if missing == path else f" ({str(missing)!r} is the part that is missing)"
+    raise REDError(f"{what} {str(path)!r} does not exist{part}; {hint}")

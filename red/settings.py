@@ -1,0 +1,160 @@
+"""Settings from a YAML file and the command line to a REDConfig: every key and type is checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from red.errors import REDError
+from red.files import nearest, require_existing
+
+TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "~")
+
+
+def build_config(settings: Mapping[str, object]):
+    """A REDConfig from `{field: value}`; text is converted to the field's type, so that YAML's `1e-4` (a string to it) is a number.
+
+    Raises:
+        REDError: an unknown field, with the nearest known one; a value of the wrong type; a value that REDConfig refuses.
+    """
+    from red.config import REDConfig
+
+    types_of = _field_types(REDConfig)
+    check_keys(settings, types_of)
+    values = {name: convert(name, value, types_of[name]) for name, value in settings.items()}
+    try:
+        return REDConfig(**values)
+    except REDError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments checks itself
+        raise REDError(f"These settings do not go together: {error}") from error
+
+
+def check_keys(settings: Mapping[str, object], known) -> None:
+    """REDError on the first key that no field has."""
+    for name in settings:
+        if name not in known:
+            like = nearest(str(name), known)
+            hint = f"did you mean {like!r}?" if like else "see `red distill -h`; every field of transformers' TrainingArguments works too."
+            raise REDError(f"Unknown setting {name!r}; {hint}")
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """The settings of a YAML file: one mapping of fields to values."""
+    import yaml
+
+    path = require_existing(path, "The config file")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise REDError(f"{path} is not YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise REDError(f"{path} must hold `field: value` lines, such as `hidden_size: 1536`; it holds a {type(loaded).__name__}.")
+    return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def parse_command_line(arguments: Sequence[str]) -> dict[str, object]:
+    """`--key value`, `--key=value`, `--key a b` (a list) and a bare `--flag` (true) -> `{key: text}`; hyphens are underscores, the last wins."""
+    settings: dict[str, object] = {}
+    place = 0
+    while place < len(arguments):
+        argument = arguments[place]
+        place += 1
+        if not argument.startswith("--") or argument == "--":
+            raise REDError(f"{argument!r} belongs to no setting. Write --key value or --key=value.")
+        key, equals, text = argument[2:].partition("=")
+        values = [text] if equals else []
+        while not equals and place < len(arguments) and not arguments[place].startswith("--"):
+            values.append(arguments[place])
+            place += 1
+        settings[key.replace("-", "_")] = "true" if not values else values[0] if len(values) == 1 else values
+    return settings
+
+
+def convert(name: str, value: object, hint: object) -> object:
+    """`value` as the field's type.
+
+    Raises:
+        REDError: naming field, value and the type that was expected.
+    """
+    for option in _options(hint, value):
+        try:
+            return _as(value, option)
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            continue
+    raise REDError(f"{name}={value!r} is {'text' if isinstance(value, str) else f'a {type(value).__name__}'}; expected {_describe(hint)}.")
+
+
+def _field_types(config_class) -> dict[str, object]:
+    """{field: type} of all fields that can be given; a base class's annotations are resolved where it was written."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
+
+
+def _options(hint: object, value: object) -> list:
+    """The alternatives of a union, in the order to try. Text stays text where that is allowed and nothing plainer fits: TrainingArguments
+    reads JSON itself, and `report_to: none` is a word to it."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return [hint]
+    options = [option for option in typing.get_args(hint) if not (option is type(None) and isinstance(value, str) and str in typing.get_args(hint))]
+    rank = {type(None): 0, bool: 1, int: 2, float: 3, str: 5}
+    return sorted(options, key=lambda option: 4 if isinstance(option, type) and issubclass(option, enum.Enum) else rank.get(option, 6))
+
+
+def _as(value: object, kind: object) -> object:
+    """`value` as one plain type, or ValueError."""
+    text = value.strip() if isinstance(value, str) else None
+    origin = typing.get_origin(kind) or kind
+    if kind in (typing.Any, object):
+        return value
+    if kind is type(None):
+        return _check(value is None or (text is not None and text.lower() in NONE), None)
+    if origin is bool:
+        _check(isinstance(value, bool) or (text is not None and text.lower() in TRUE + FALSE), None)
+        return value if text is None else text.lower() in TRUE
+    if origin in (int, float):
+        _check(isinstance(value, (int, float, str)) and not isinstance(value, bool), None)
+        if origin is int and (isinstance(value, int) or (text is not None and text.lstrip("+-").isdigit())):
+            return int(value)  # not by way of float, which would round a big one
+        number = float(value)
+        return _check(number.is_integer(), int(number)) if origin is int else _check(number == number, number)
+    if origin is str:
+        return _check(isinstance(value, (str, Path)), str(value))
+    if origin is list:
+        values = value if isinstance(value, (list, tuple)) else text.split(",")
+        element = (typing.get_args(kind) or (typing.Any,))[0]
+        return [_as(part, element) for part in values]
+    if origin is dict:
+        return _check(isinstance(loaded := json.loads(value) if text is not None else value, dict), loaded)
+    if origin is typing.Literal:
+        return _check(value in typing.get_args(kind), value)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(value)
+    if isinstance(kind, type):
+        return _check(isinstance(value, kind), value)
+    return value  # a type that this page does not know: its owner checks
+
+
+def _check(ok: bool, value: object) -> object:
+    if not ok:
+        raise ValueError
+    return value
+
+
+def _describe(hint: object) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none", list: "a list", dict: "a mapping (JSON)"}
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    described = []
+    for option in options:
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            described.append("one of " + ", ".join(str(member.value) for member in option))
+        else:
+            described.append(names.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option))))
+    return " or ".join(described)
