@@ -60,6 +60,8 @@ class REDConfig(TrainingArguments):
             self.tap_normalize = not self.lrc_faithful
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
+        if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         self._check()
 
     def _check(self) -> None:
@@ -78,6 +80,8 @@ class REDConfig(TrainingArguments):
         require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")
         require(self.start_std > 0, "start_std", "must be above 0")
+        require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
+                "the taps need use_reentrant=False")
         require(not self.fp16, "fp16", "a gradient scaler would scale the gradients behind the projections' back; use bf16=True")
         require(not self.lrc_faithful or self.tap_target == "lrc", "tap_target", "lrc_faithful=True means tap_target='lrc'; drop one of them")
         require(not (self.lrc_faithful and self.tap_normalize), "tap_normalize", "lrc_faithful=True has plain errors; drop one of them")

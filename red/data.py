@@ -1,7 +1,7 @@
 """From what a user has (paths, data sets, texts, ids) to tokenised examples that are known to be good before anything trains.
 
-An example is a dict with `input_ids` (int32 array) and, where some tokens are not to be predicted, `labels` of the same length
-(-100 there). `red.packing` makes rows of them.
+An example is a dict with `input_ids` (int32 array), where some tokens are not to be predicted `labels` of the same length (-100 there),
+and `number`, its place in the source, for messages. `red.packing` makes rows of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH = 1000  # texts that are tokenised together
 HASH_KEY = "tokenizer_hash"
 
 
-def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None) -> list[dict[str, np.ndarray]]:
+def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None) -> list[dict]:
     """Read and tokenise.
 
     Args:
@@ -43,18 +43,20 @@ def load_examples(source, tokenizer=None, *, text_column: str = "text", max_leng
         REDError: a missing path, an unknown format or column, tokens of another tokenizer, examples that contradict themselves.
     """
     examples: list[dict] = []
-    items = _items(source, tokenizer)
+    items, seen = _items(source, tokenizer), 0
     while chunk := list(islice(items, BATCH)):
-        examples += _tokenise(chunk, tokenizer, text_column, first=len(examples))
+        examples += _tokenise(chunk, tokenizer, text_column, first=seen)
+        seen += len(chunk)
     if max_length is not None:
-        examples = [piece for example in examples for piece in split(example, max_length)]
+        examples = [{**piece, "number": example["number"]} for example in examples for piece in split(example, max_length)]
     return examples
 
 
 def save_examples(path: str | Path, examples: Iterable[Mapping], tokenizer) -> None:
     """Write tokenised examples as .jsonl that knows its tokenizer: `load_examples` refuses it with another one."""
     lines = [json.dumps({HASH_KEY: tokenizer_hash(tokenizer)})]
-    lines += [json.dumps({key: np.asarray(value).tolist() for key, value in example.items()}) for example in examples]
+    lines += [json.dumps({key: np.asarray(value).tolist() for key, value in example.items() if key != "number"})
+              for example in examples]
     atomic_write_text(path, "\n".join(lines) + "\n")
 
 
@@ -100,6 +102,7 @@ def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, m
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = None if pad == getattr(tokenizer, "eos_token_id", None) else pad
     for index, example in enumerate(examples):
+        index = example.get("number", index)
         ids = np.asarray(example["input_ids"])
         bad = (ids < 0) | (ids >= vocab_size)
         if bad.any():
@@ -204,7 +207,7 @@ def _tokenise(items: list, tokenizer, text_column: str, first: int) -> list[dict
             for (index, _), ids in zip(chosen, encoded["input_ids"], strict=True):
                 parts.setdefault(index, []).append(ids)
     blank = parts.keys() - {index for index, text, _ in texts if text.strip()}
-    examples = [_finish(parts[index], tokenizer.eos_token_id) if index in parts else _given(item, first + index)
+    examples = [{**(_finish(parts[index], tokenizer.eos_token_id) if index in parts else _given(item, first + index)), "number": first + index}
                 for index, item in enumerate(items) if index not in blank]
     return [example for example in examples if len(example["input_ids"])]
 
@@ -241,6 +244,8 @@ def _finish(parts: list[list[int]], eos: int | None) -> dict:
 
 def _given(item: Mapping, number: int) -> dict:
     """An example that is tokenised already: ids as int32, tokens that its attention_mask hides removed."""
+    if item["input_ids"] is None:
+        raise REDError(f"Example {number} has no input_ids (None). Give a list of integers, or leave the column out and give text.")
     example = {}
     for key in ("input_ids", "labels", "attention_mask"):
         if item.get(key) is not None:

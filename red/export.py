@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -13,10 +14,9 @@ from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from red import families
-from red.data import tokenizer_hash
 from red.errors import REDError
 from red.files import atomic_write_safetensors, require_empty_output, sync
-from red.preflight import probe, run_preflight
+from red.preflight import probe, probe_tokenizer, run_preflight
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
 def _verify(model: PreTrainedModel, tokenizer, folder: Path, reference: Path) -> dict:
     expected = {"dtype": str(model.dtype), "tied": str(families.is_tied(model))}
     if tokenizer is not None:
-        expected["tokenizer_hash"] = tokenizer_hash(tokenizer)
+        expected["tokenizer"] = json.dumps(probe_tokenizer(tokenizer))
     atomic_write_safetensors(reference, probe(model), metadata=expected)
     found = run_preflight(folder, reference)
     if "error" in found:

@@ -34,6 +34,14 @@ def probe(model) -> dict[str, Tensor]:
     return {"ids": ids.cpu(), "logits": model(input_ids=ids, use_cache=False).logits.float().cpu()}
 
 
+def probe_tokenizer(tokenizer) -> dict:
+    """What a reloaded tokenizer must agree in: its hash, and the ids it reads a text as that was made of its own vocabulary."""
+    from red.data import tokenizer_hash
+
+    text = "The answer: 4 + 7 = 11.\n" + tokenizer.decode(probe_ids(len(tokenizer), PROBE_LENGTH)[0], skip_special_tokens=True)
+    return {"class": type(tokenizer).__name__, "hash": tokenizer_hash(tokenizer), "text": text, "ids": tokenizer(text)["input_ids"]}
+
+
 def run_preflight(folder: Path, reference: Path) -> dict:
     """Start the fresh process and return what it found; never raises for what it finds."""
     package_parent = str(Path(__file__).resolve().parents[1])
@@ -59,11 +67,15 @@ def check(folder: str, reference: str) -> dict:
     with safe_open(reference, "pt") as file:
         expected, ids, logits = file.metadata(), file.get_tensor("ids"), file.get_tensor("logits")
 
-    if expected.get("tokenizer_hash"):
-        from red.data import tokenizer_hash
-
-        if tokenizer_hash(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)) != expected["tokenizer_hash"]:
+    if "tokenizer" in expected:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        wanted, given = json.loads(expected["tokenizer"]), probe_tokenizer(tokenizer)
+        if given["hash"] != wanted["hash"]:
             return {"error": "the reloaded tokenizer has another vocabulary or other special tokens"}
+        # transformers takes its own Qwen2Tokenizer for every qwen2 folder, whatever class the folder names
+        if tokenizer(wanted["text"])["input_ids"] != wanted["ids"]:
+            return {"error": f"the reloaded tokenizer, a {type(tokenizer).__name__}, reads text otherwise than the {wanted['class']} in memory; "
+                             "export without it (tokenizer=None), or a Qwen2 student with as_llama=True"}
     model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, output_loading_info=True)
     model.eval()
     wrong = {kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading.get(kind)}

@@ -38,6 +38,7 @@ class Taps:
         with taps.recording(): teacher(...)
         with taps.comparing(mask, num_tokens): student(...)
         loss = taps.loss()
+        loss.backward(); taps.release()
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, projections: Projections, *, target: str = "auto",
@@ -48,7 +49,7 @@ class Taps:
             target = "projected" if projections.channels is None else "gather"
         if target == "gather" and projections.channels is None:
             raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
-        self.target, self.detach_target, self.projections = target, detach_target, projections
+        self.student, self.projections, self.target, self.detach_target = student, projections, target, detach_target
         self.channels = None if projections.channels is None else projections.channels.to(student.device)
         self.mean_square = mean_square
         self._mode, self._targets, self._losses = None, {}, {}
@@ -76,6 +77,14 @@ class Taps:
         self._mask, self._num_tokens = mask, num_tokens
         with self._in_mode("compare"):
             yield
+        if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(self.student)):
+            self._mode = "recompute"  # the backward pass runs each layer again, and must save what the hooks saved the first time
+        else:
+            self.release()
+
+    def release(self) -> None:
+        """Forget the targets that activation checkpointing kept for its backward pass."""
+        self._mode = None
         self._targets.clear()
 
     def loss(self) -> Tensor:
@@ -103,11 +112,11 @@ class Taps:
         square = 1.0 if self.mean_square is None else float(self.mean_square[tap.layer, families.TAPS.index(tap.name)]) or 1.0
 
         def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._mode != "compare":
-                return
-            # Keyed by tap, so that a recomputed forward (activation checkpointing) replaces its loss instead of adding to it.
-            loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
-            self._losses[tap] = loss if square == 1.0 else loss / square
+            if self._mode == "compare":
+                loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
+                self._losses[tap] = loss if square == 1.0 else loss / square
+            elif self._mode == "recompute":
+                self._tap_loss(tap, name, args[0], output, self._targets.pop(tap))
         return hook
 
     def _tap_loss(self, tap: families.Tap, name: str, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ The order of one optimiser step, and where each part hangs in Trainer:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from pathlib import Path
@@ -53,6 +54,9 @@ class REDTrainer(Trainer):
                  calibration: Calibration | None = None, projections: Projections | None = None, **kwargs):
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process per GPU (torchrun, accelerate launch): DataParallel would replicate the student behind its projections
+        if kwargs.get("optimizers", (None, None))[0] is not None:
+            raise REDError("optimizers=... holds the student's weights, and red trains projections beside them, whose optimizer it makes itself. "
+                           "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
         rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
@@ -110,10 +114,17 @@ class REDTrainer(Trainer):
                          chunk_size=args.loss_chunk_size)
 
     def _recording(self):
-        return self.taps.recording() if self.taps else torch.no_grad()
+        return self.taps.recording() if self.taps else contextlib.nullcontext()
 
     def _comparing(self, mask, num_tokens):
-        return self.taps.comparing(mask, num_tokens) if self.taps else torch.enable_grad()
+        return self.taps.comparing(mask, num_tokens) if self.taps else contextlib.nullcontext()
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            if self.taps:
+                self.taps.release()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Count all micro-batches of the coming step, over all ranks; data parallel averages gradients, hence the world size."""
@@ -143,7 +154,7 @@ class REDTrainer(Trainer):
         if self.optimizer is None:
             gains = [factor.master for factor in self.projections if factor.side == "gain"]
             maps = [factor.master for factor in self.projections if factor.side != "gain"]
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class([{"params": maps, "weight_decay": self.args.weight_decay},
                                               {"params": gains, "weight_decay": 0.0}], **settings)
             self.optimizer.register_step_pre_hook(lambda *_: self.projections.pull_back())

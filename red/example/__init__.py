@@ -35,7 +35,7 @@ __all__ = [
 
 
 def teacher_path() -> str:
-    """The folder of the embedded teacher: config, bf16 weights (1.6 MB), tokenizer, and `training.json`, which says how it was made."""
+    """The folder of the embedded teacher: config, bf16 weights (1.6 MB), tokenizer, and how it was made (`training.json`)."""
     folder = files(__package__) / "teacher"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(

@@ -59,7 +59,8 @@ def easy_accuracy_and_perplexity(
     texts = easy_documents(split, count, seed)
     hits, loss, words = 0, 0.0, 0
     for start in range(0, count, batch_size):
-        batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="right").to(model.device)
+        batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="right")
+        batch = batch.to(model.device)
         logits = model(**batch).logits[:, :-1].float()
         targets, real = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:].bool()
         hits += (logits.argmax(-1) == targets)[real].sum().item()

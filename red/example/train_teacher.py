@@ -1,9 +1,9 @@
 """Trains the embedded teacher: `python -m red.example.train_teacher --out DIR`.
 
-A Llama of 0.8 M parameters learns the corpus from scratch on one CPU thread: Muon for the hidden matrices, AdamW for embeddings, head
-and gains, and stages from copying and short chains to the full mix (`STAGES`). AdamW alone learned no arithmetic (FINDINGS). Copying
-comes in the first two million tokens, one step's arithmetic in the third, eight steps as the learning rate falls. One seed and one
-thread give the same bits again on the same machine and torch.
+A Llama of 0.8 M parameters learns the corpus from scratch on one CPU thread: Muon for the hidden matrices, AdamW for
+embeddings, head and gains, and stages from copying and short chains to the full mix (`STAGES`). AdamW alone learned no
+arithmetic (FINDINGS). Copying comes in the first two million tokens, one step's arithmetic in the third, eight steps as the
+learning rate falls. One seed and one thread give the same bits again on the same machine and torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,294 @@
+"""The starts: complete maps, exactness at full width, what each promises, seeds, the norm scale, and the registry."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from reference_lrc import documents, normalised, random_batch, streams, use_exact_norms
+
+from red import starts
+from red.calibration import calibrate
+from red.errors import REDError
+from red.projections import Projections
+from red.starts import base
+from red.starts.base import StartContext, selection
+from red.student import build_student
+
+WIDTH, NARROW = 32, 16
+NAMES = ("activation", "activation_lstsq", "orthogonal", "orthogonal_shared", "pca", "random", "random_selection")
+SELECTIONS = ("activation", "activation_lstsq", "random_selection")
+VARIANTS = {"llama": {}, "llama-biases": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}, "qwen3": {}}
+
+
+def batches(count: int = 2) -> list[dict]:
+    return [random_batch(4, 16, seed=seed) for seed in range(count)]
+
+
+def context_of(teacher, width: int = NARROW, **settings) -> StartContext:
+    return StartContext(teacher, width, calibrate(teacher, batches(), covariance=True), **settings)
+
+
+def student_of(teacher, name: str, width: int = NARROW, **settings):
+    student = build_student(teacher, width)
+    start = starts.get(name)(context_of(teacher, width, **settings))
+    return student, Projections(teacher, student, start)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(random_batch(4, 16, seed=9)["input_ids"]).logits
+
+
+def test_all_expected_starts_are_registered():
+    assert set(NAMES) <= set(starts.names())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_start_maps_every_parameter(tiny_teacher, name, variant, tied):
+    teacher = tiny_teacher(variant.partition("-")[0], tied=tied, **VARIANTS[variant])
+    expected = {}
+    for key, value in teacher.named_parameters():  # a tied head is no parameter of its own
+        if key.endswith(("o_proj.weight", "down_proj.weight")):
+            expected[key] = (NARROW, WIDTH)
+        elif value.dim() == 2:
+            expected[key] = (WIDTH, NARROW)
+        elif key.endswith("norm.weight") and "q_norm" not in key and "k_norm" not in key:
+            expected[key] = (NARROW,)
+    start = starts.get(name)(context_of(teacher))
+    assert {key: tuple(value.shape) for key, value in start.maps.items()} == expected
+    assert all(value.isfinite().all() for value in start.maps.values())
+    assert (start.channels is not None) == (name in SELECTIONS)
+    student = build_student(teacher, NARROW)
+    Projections(teacher, student, start)
+    assert logits(student).isfinite().all()
+    assert student.config.hidden_size == NARROW and student.config.head_dim == 8
+    assert student.config.tie_word_embeddings == tied
+    assert (student.get_input_embeddings().weight is student.get_output_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("norm_scale", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_full_width_identity_is_the_teacher(tiny_teacher, variant, norm_scale, tied):
+    """Keeping all channels changes nothing; the norm scale is then exactly 1."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        teacher = tiny_teacher(variant.partition("-")[0], tied=tied, dtype=dtype, **VARIANTS[variant])
+        reference = logits(teacher)
+        assert reference.std() > 0.3, "logits near zero would make any model look right"
+        for name in SELECTIONS:
+            student, projections = student_of(teacher, name, WIDTH, norm_scale=norm_scale)
+            assert torch.equal(projections.channels, torch.arange(WIDTH))
+            torch.testing.assert_close(logits(student), reference, rtol=0, atol=tolerance, msg=f"{name} {dtype}")
+
+
+@pytest.mark.parametrize("name", ["pca", "orthogonal_shared"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_full_width_rotation_is_the_teacher(tiny_teacher, variant, name, monkeypatch):
+    """A rotated stream with the gains folded into the readers computes the same function (untied models)."""
+    use_exact_norms(monkeypatch)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        teacher = tiny_teacher(variant.partition("-")[0], dtype=dtype, **VARIANTS[variant])
+        student, _ = student_of(teacher, name, WIDTH)
+        torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def strong_channels(teacher, channels: torch.Tensor, factor: float = 8.0):
+    """Make the stream's `channels` stronger: what everything writes to them grows."""
+    teacher.get_input_embeddings().weight[:, channels] *= factor
+    for layer in teacher.model.layers:
+        layer.self_attn.o_proj.weight[channels] *= factor
+        layer.mlp.down_proj.weight[channels] *= factor
+    return teacher
+
+
+def test_activation_keeps_the_most_active_channels(tiny_teacher, family):
+    strong = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(5))[:NARROW].sort().values
+    teacher = strong_channels(tiny_teacher(family), strong)
+    _, projections = student_of(teacher, "activation")
+    assert torch.equal(projections.channels, strong)
+    plain = tiny_teacher(family)  # without a strong set, the top of the scores all the same
+    context = context_of(plain)
+    order = context.calibration.scores.numpy().argsort()[::-1][:NARROW].copy()
+    assert torch.equal(starts.get("activation")(context).channels, torch.from_numpy(order).sort().values)
+    assert not torch.equal(starts.get("random_selection")(context).channels, starts.get("activation")(context).channels)
+
+
+def linear_stream(teacher, kept: torch.Tensor, share: float = 0.5):
+    """Make every dropped channel a linear function of the kept ones: what is written is `u R`, with `R` the identity on `kept` and
+    `share` times a rotation elsewhere. So the dropped part has a constant share of the norm, and the norm scale is exact too."""
+    generator = torch.Generator().manual_seed(3)
+    rotation, _ = torch.linalg.qr(torch.randn(NARROW, NARROW, generator=generator, dtype=torch.float64))
+    dropped = torch.tensor([channel for channel in range(WIDTH) if channel not in set(kept.tolist())])
+    with torch.no_grad():
+        weights = [teacher.get_input_embeddings().weight.T]
+        for layer in teacher.model.layers:
+            weights += [layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight]
+        for weight in weights:  # [d, ...]
+            weight[dropped] = (share * rotation).to(weight.dtype).T @ weight[kept]
+    return teacher, dropped
+
+
+def test_lstsq_is_lossless_where_the_dropped_follow_from_the_kept(tiny_teacher, family, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("red.starts.activation_lstsq"), "RIDGE", 1e-13)
+    kept = torch.arange(0, WIDTH, 2)
+    use_exact_norms(monkeypatch)
+    # the norm scale does not scale eps: with the usual one the logits would differ by 1e-4
+    teacher, _ = linear_stream(tiny_teacher(family, dtype=torch.float64, rms_norm_eps=1e-13), kept, share=0.1)
+    predicted, projections = student_of(teacher, "activation_lstsq")
+    assert torch.equal(projections.channels, kept)
+    torch.testing.assert_close(logits(predicted), logits(teacher), rtol=0, atol=1e-7)
+    selected, _ = student_of(teacher, "activation")
+    assert (logits(selected) - logits(teacher)).abs().max() > 0.1, "without the prediction the dropped channels are missed"
+
+
+def test_lstsq_solves_the_least_squares_problem(tiny_teacher):
+    """`O` against numpy's lstsq over all normalised tokens at all 2L + 1 points; the ridge costs a few 1e-4."""
+    teacher = tiny_teacher(dtype=torch.float64)
+    context = context_of(teacher, norm_scale=False)
+    start = starts.get("activation_lstsq")(context)
+    rows = torch.cat([normalised(point) for batch in batches() for text in documents(batch) for point in streams(teacher, text)])
+    kept = start.channels
+    dropped = torch.tensor([channel for channel in range(WIDTH) if channel not in set(kept.tolist())])
+    solution, *_ = np.linalg.lstsq(rows[:, kept].numpy(), rows[:, dropped].numpy(), rcond=None)
+    gain = teacher.model.layers[1].post_attention_layernorm.weight.detach()
+    reader = start.maps["model.layers.1.mlp.up_proj.weight"] / gain[:, None]  # Oᵀ [d, d']
+    np.testing.assert_allclose(reader[dropped].T.numpy(), solution, rtol=0, atol=2e-3)
+    assert abs(solution).max() > 0.1
+    torch.testing.assert_close(reader[kept], torch.eye(NARROW, dtype=torch.float64))
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
+        value = start.maps[name] if "embed" in name else start.maps[name].T
+        assert torch.equal(value, torch.eye(WIDTH, dtype=torch.float64)[:, kept]), name
+    assert torch.equal(start.maps["model.norm.weight"], torch.ones(NARROW, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "orthogonal_shared", "pca"])
+def test_orthonormal_maps(tiny_teacher, name):
+    teacher = tiny_teacher()
+    context = context_of(teacher)
+    start = starts.get(name)(context)
+    eye = torch.eye(NARROW, dtype=torch.float64)
+    norms = dict(context.readers())
+    downs = []
+    for key, value in start.maps.items():
+        if value.dim() == 2:
+            down = value.T if value.shape == (NARROW, WIDTH) else value
+            down = down / context.gain(norms[key])[:, None] if key in norms else down
+            torch.testing.assert_close(down.T @ down, eye, atol=1e-10, rtol=0, msg=key)
+            downs.append(down)
+    same = [torch.allclose(downs[0], other) for other in downs[1:]]
+    assert not any(same) if name == "orthogonal" else all(same)
+    if name == "pca":  # no other map of this width keeps more of the second moment
+        kept = torch.trace(downs[0].T @ context.calibration.covariance @ downs[0])
+        best = torch.linalg.eigvalsh(context.calibration.covariance).flip(0)[:NARROW].sum()
+        torch.testing.assert_close(kept, best)
+
+
+def test_gaussian_start(tiny_teacher):
+    """LRC: independent N(0, std²) maps and gains of one, whatever the teacher's."""
+    for std in (0.02, 0.1):
+        start = starts.get("random")(StartContext(tiny_teacher(), NARROW, std=std))
+        matrices = [value for value in start.maps.values() if value.dim() == 2]
+        everything = torch.cat([value.flatten() for value in matrices])
+        assert float(everything.std()) == pytest.approx(std, rel=0.05) and abs(float(everything.mean())) < 0.05 * std
+        assert len({value.flatten()[0].item() for value in matrices}) == len(matrices) == 16
+        assert all(torch.equal(value, torch.ones_like(value)) for value in start.maps.values() if value.dim() == 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seed(tiny_teacher, name):
+    """Equal seeds give equal maps, whatever the global generator did; unequal ones differ only where the start is random."""
+    teacher = tiny_teacher()
+    context = partial(StartContext, teacher, NARROW, calibrate(teacher, batches(), covariance=True))
+    first = starts.get(name)(context(seed=1)).maps
+    torch.manual_seed(123)
+    again, other = (starts.get(name)(context(seed=seed)).maps for seed in (1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    random = name in ("random", "orthogonal", "orthogonal_shared", "random_selection")
+    changed = [key for key in first if first[key].dim() == 2 and not torch.equal(first[key], other[key])]
+    assert len(changed) == (16 if random else 0)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_norm_scale_equals_brute_force(tiny_teacher, family, tied):
+    """Gains are `g_G · sqrt(mean over tokens and kept channels of z²)`, norm by norm, in reading order."""
+    teacher = tiny_teacher(family, tied=tied, dtype=torch.float64)
+    scaled, plain = (starts.get("activation")(context_of(teacher, norm_scale=on)) for on in (True, False))
+    points = [streams(teacher, text) for batch in batches() for text in documents(batch)]
+    norms = [f"model.layers.{layer}.{norm}.weight" for layer in range(2) for norm in ("input_layernorm", "post_attention_layernorm")]
+    kept, parameters = scaled.channels, dict(teacher.named_parameters())
+    for index, name in enumerate([*norms, "model.norm.weight"]):
+        z = torch.cat([normalised(document[index]) for document in points])
+        scale = z[:, kept].square().mean().sqrt()
+        gain = parameters[name].detach()[kept]
+        torch.testing.assert_close(plain.maps[name], gain, rtol=1e-12, atol=0)
+        torch.testing.assert_close(scaled.maps[name], scale * gain, rtol=1e-9, atol=0)
+        assert abs(float(scale) - 1) > 1e-3
+
+
+def test_norm_scale_of_a_shared_map_equals_brute_force(tiny_teacher):
+    teacher = tiny_teacher(dtype=torch.float64)
+    start = starts.get("pca")(context_of(teacher))
+    rows = torch.cat([normalised(point) for batch in batches() for text in documents(batch) for point in streams(teacher, text)])
+    scale = (rows @ start.maps["model.embed_tokens.weight"]).square().mean().sqrt()
+    for name, value in start.maps.items():
+        if value.dim() == 1:
+            torch.testing.assert_close(value, scale * torch.ones(NARROW, dtype=torch.float64), rtol=1e-9, atol=0, msg=name)
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(REDError, match="start='activaton' is unknown.*random_selection.*Did you mean 'activation'"):
+        starts.get("activaton")
+
+
+def test_missing_or_foreign_calibration_is_refused(tiny_teacher):
+    teacher = tiny_teacher()
+    with pytest.raises(REDError, match="'activation' needs a calibration"):
+        starts.get("activation")(StartContext(teacher, NARROW))
+    with pytest.raises(REDError, match="'pca' needs a calibration with covariance.*covariance=True"):
+        starts.get("pca")(StartContext(teacher, NARROW, calibrate(teacher, batches())))
+    wide = tiny_teacher(hidden_size=48)
+    with pytest.raises(REDError, match="has 48 channels, the teacher 32"):
+        starts.get("activation")(StartContext(teacher, NARROW, calibrate(wide, batches())))
+
+
+def test_a_new_start_is_one_file(tiny_teacher, tmp_path, monkeypatch):
+    """A module that lies in the folder is found by reading the folder again; nothing else has to change."""
+    monkeypatch.setattr(base, "_registry", {})
+    (tmp_path / "weakest.py").write_text(
+        "from red.starts.base import register, selection\n\n"
+        "@register('weakest', needs=('scores',))\ndef weakest(context):\n"
+        "    return selection(context, (-context.calibration.scores).topk(context.hidden_size).indices)\n")
+    package = importlib.import_module("red.starts")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    spec = importlib.util.spec_from_file_location("_starts_again", package.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    fresh.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(importlib.sys.modules, "_starts_again", fresh)
+    spec.loader.exec_module(fresh)
+    monkeypatch.delitem(importlib.sys.modules, "_starts_again.weakest")
+    assert base.names() == ("weakest",)
+    _, projections = student_of(strong_channels(tiny_teacher(), torch.arange(NARROW)), "weakest")
+    assert torch.equal(projections.channels, torch.arange(NARROW, WIDTH))
+
+
+def test_registering_wrongly_is_refused():
+    with pytest.raises(ValueError, match="registered twice"):
+        base.register("activation")(lambda context: None)
+    with pytest.raises(ValueError, match="needs=\\('spectrum',\\)"):
+        base.register("other", needs=("spectrum",))
+    assert "other" not in starts.names()
+
+
+def test_an_incomplete_start_is_refused(tiny_teacher):
+    teacher = tiny_teacher()
+    start = selection(StartContext(teacher, NARROW), torch.arange(NARROW))
+    del start.maps["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(REDError, match="no map for .*model.layers.1.mlp.up_proj.weight"):
+        Projections(teacher, build_student(teacher, NARROW), start)

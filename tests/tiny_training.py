@@ -1,0 +1,70 @@
+"""What the tests of the trainer share: tiny ragged data, a trainer on it, and a record of the micro-batches it really saw."""
+
+from __future__ import annotations
+
+import torch
+
+from red.config import REDConfig
+from red.trainer import REDTrainer
+
+NARROW = 16
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tied": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tied": True}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def tokenised(count: int = 24, seed: int = 0, vocab: int = 64) -> list[dict]:
+    """Tokenised documents of 3 to 14 tokens; every second one has a prompt without labels, so rows differ in their number of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(3, vocab, (int(torch.randint(3, 15, (), generator=generator)),), generator=generator).tolist()
+        hidden = len(ids) // 2 if index % 2 else 0
+        examples.append({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]})
+    return examples
+
+
+def settings_of(output_dir, **changes) -> dict:
+    """REDConfig's fields for a tiny, quiet run on the CPU with a constant learning rate."""
+    return {**dict(output_dir=str(output_dir), hidden_size=NARROW, max_length=16, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
+                   lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                   use_cpu=True, calibration_samples=4), **changes}
+
+
+class RecordingTrainer(REDTrainer):
+    """A REDTrainer that keeps a copy of every training micro-batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def compute_loss(self, model, inputs, **kwargs):
+        if model.training:
+            self.seen.append({key: value.clone() for key, value in inputs.items()})
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def make_trainer(teacher, output_dir, data=None, *, eval_data=None, trainer_class=RecordingTrainer, callbacks=None, **changes) -> REDTrainer:
+    """A trainer of `teacher` on `data` (tokenised examples); `changes` are settings."""
+    return trainer_class(teacher, REDConfig(**settings_of(output_dir, **changes)), train_dataset=tokenised() if data is None else data,
+                         eval_dataset=eval_data, callbacks=callbacks)
+
+
+def masters(trainer_or_projections) -> dict[str, torch.Tensor]:
+    """A copy of every trainable tensor by name."""
+    projections = getattr(trainer_or_projections, "projections", trainer_or_projections)
+    return {factor.name: factor.master.detach().clone() for factor in projections}
+
+
+@torch.no_grad()
+def shake(projections, scale: float = 0.1, seed: int = 7) -> None:
+    """Move every master off its start, so that nothing is orthonormal, sparse or one by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    for factor in projections:
+        factor.master += scale * torch.randn(factor.master.shape, generator=generator, dtype=torch.float64).to(factor.master.dtype)
+    projections.push_forward()
