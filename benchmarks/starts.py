@@ -59,6 +59,8 @@ class Runs:
             except json.JSONDecodeError:
                 continue
             self.done[entry["key"]] = entry["result"]
+        if self.file.is_file() and not self.file.read_text().endswith("\n"):
+            self.file.write_text(self.file.read_text() + "\n")  # so that the next line does not continue the cut one
 
     def run(self, row: str, rate: float, seed: int, steps: int) -> StudentRun:
         start, options = ROWS[row]
@@ -112,7 +114,9 @@ def _merit(result: dict) -> tuple[float, float]:
 
 
 def tokens_to(share: float, history: list[dict]) -> int | None:
-    """The tokens at the first measurement with an exact match of at least `share`; None if there is none."""
+    """The tokens at the first measurement with an exact match of at least `share`; None if there is none, or nothing to reach."""
+    if share <= 0:
+        return None  # the teacher itself solves nothing
     return next((entry["tokens"] for entry in history if entry["exact_match"] >= share), None)
 
 

@@ -87,6 +87,10 @@ def distill(options: argparse.Namespace) -> None:
     config = build_config(given)
     options.output_dir = config.output_dir
 
+    for path, what in ((config.train_file, "train_file"), (options.eval_file, "eval_file"), (options.calibration, "calibration")):
+        if path is not None:
+            require_existing(path, what)  # before the teacher is read
+
     from red.distillation import distill as run
 
     result = run(config=config, eval_data=options.eval_file, calibration=options.calibration, resume=options.resume)
@@ -103,7 +107,6 @@ def erank(options: argparse.Namespace) -> None:
         raise REDError(f"--json={options.json!r} exists and nothing is overwritten. Choose another name, or move it away.")
 
     import torch
-    from transformers import AutoTokenizer
 
     from red.data import check_examples, load_examples
     from red.erank import erank_table, hidden_erank
@@ -112,7 +115,7 @@ def erank(options: argparse.Namespace) -> None:
     found = {}
     for name in options.models:
         model = load_teacher(name).to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = _tokenizer(name)
         examples = load_examples(options.data, tokenizer, text_column=options.text_column)
         check_examples(examples, tokenizer, model.config.vocab_size)
         values = hidden_erank(model, tokenizer, examples, max_tokens=options.max_tokens)
@@ -133,17 +136,24 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{options.checkpoint} is not a checkpoint: it has no config.json. {hint}")
     require_empty_output(options.out, what="--out")
 
-    from transformers import AutoTokenizer
-
     from red.export import export as run
     from red.prepare import load_teacher
 
     source = require_existing(options.tokenizer, "The tokenizer") if options.tokenizer else folder
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
         raise REDError(f"{source} has no tokenizer. Name the teacher's folder: --tokenizer PATH")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _tokenizer(source)
     student = load_teacher(folder.absolute(), "float32")  # exact for bf16 weights; cast once, below
     print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama))
+
+
+def _tokenizer(name: str | Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise REDError(f"Cannot read the tokenizer of {str(name)!r}: {error}") from error
 
 
 def _stored_dtype(folder: Path) -> str | None:

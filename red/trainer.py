@@ -15,12 +15,13 @@ import types
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from red import losses
-from red.calibration import Calibration
+from red.calibration import Calibration, model_hash
 from red.config import REDConfig
 from red.data import collate
 from red.errors import REDError
@@ -75,7 +76,7 @@ class REDTrainer(Trainer):
                          detach_target=not args.lrc_faithful,
                          mean_square=calibration.tap_square if args.tap_normalize and calibration else None) if args.tap_weight else None
         self._counts: losses.Counts | None = None
-        self._parts, self._parts_step = torch.zeros(3), 0
+        self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 
     @property
     def student(self) -> PreTrainedModel:
@@ -131,6 +132,7 @@ class REDTrainer(Trainer):
         counts = losses.count(batch_samples, device).stacked()
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
+        self._parts_steps += 1
         self._counts = losses.Counts(*counts.clamp(min=1e-6).unbind())
         return self._counts.labels
 
@@ -141,11 +143,10 @@ class REDTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Adds the parts of the loss: means over the steps since the last log."""
-        steps = self.state.global_step - self._parts_step
-        if "loss" in logs and steps > 0:
+        if "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
-            logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / steps).tolist(), strict=True))
-            self._parts, self._parts_step = torch.zeros(3), self.state.global_step
+            logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / self._parts_steps).tolist(), strict=True))
+            self._parts, self._parts_steps = torch.zeros(3), 0
         super().log(logs, start_time)
 
     # ---- the step ----
@@ -157,17 +158,25 @@ class REDTrainer(Trainer):
             optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class([{"params": maps, "weight_decay": self.args.weight_decay},
                                               {"params": gains, "weight_decay": 0.0}], **settings)
-            self.optimizer.register_step_pre_hook(lambda *_: self.projections.pull_back())
+            self.optimizer.register_step_pre_hook(lambda *_: self._pull_back())
             self.optimizer.register_step_post_hook(lambda *_: self.projections.push_forward())
         return self.optimizer
 
-    def _clip_grad_norm(self, model):
+    def _pull_back(self) -> None:
+        """Once per step. What reached a master directly (LRC's undetached target) did so beside the data-parallel wrapper: average it here."""
+        if self.args.world_size > 1 and not self.projections.pulled:
+            for master in self.projections.parameters():
+                if master.grad is not None:
+                    master.grad = self.accelerator.reduce(master.grad, "mean")
         self.projections.pull_back()
+
+    def _clip_grad_norm(self, model):
+        self._pull_back()
         return self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
-            self.projections.pull_back()
+            self._pull_back()
             grad_norm = nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None])
         return grad_norm
 
@@ -177,11 +186,11 @@ class REDTrainer(Trainer):
         """The plain student, and beside it the projections that rebuild it from the teacher."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict())
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(),
+                                     metadata={"teacher_hash": model_hash(self.teacher)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projections(resume_from_checkpoint)
+        self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -192,8 +201,16 @@ class REDTrainer(Trainer):
         if not path.is_file():
             raise REDError(f"{folder} has no {PROJECTIONS_FILE}: it is not a checkpoint of a REDTrainer. "
                            "Resume from a checkpoint-N folder that red wrote.")
-        self.projections.load_state_dict(load_file(path))
-        self._parts_step = self.state.global_step
+        try:
+            with safe_open(path, "pt") as file:
+                made_with = (file.metadata() or {}).get("teacher_hash")
+            state = load_file(path)
+        except SafetensorError as error:
+            raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+        if made_with not in (None, model_hash(self.teacher)):
+            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {model_hash(self.teacher)[:12]}). "
+                           "Resume with the same teacher, loaded in the same teacher_dtype.")
+        self.projections.load_state_dict(state)
 
     def export(self, output_dir, **kwargs):
         """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`."""

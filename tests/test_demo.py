@@ -194,6 +194,8 @@ def test_study_goes_on_where_it_was_interrupted(study_script, teacher, tmp_path,
     assert set(found["rows"]) == {"activation", "random", "pca"}
     assert all(list(row["horizons"]) == ["2", "4"] for row in found["rows"].values())  # nobody got there: the longer horizon too
     assert found["rows"]["random"]["tokens_to_90"]["mean"] is None
+    study_script.main(words)
+    assert len(trained) == 12  # a third time: everything is there, also what was written after the cut line
     shipped = json.loads((tmp_path / "results" / "learning_rates.json").read_text())
     assert shipped["best_other"] == "pca" and set(shipped["rates"]) == {"activation", "random", "pca"}
     assert {"rates", "rates_rule", "best_other", "best_other_rule", "tokens_to_90"} <= set(known.load()) & set(shipped)

@@ -1,0 +1,68 @@
+"""Two processes with gloo (DistributedDataParallel) train what one process trains with the same rows a step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_training import make_trainer, masters, tokenised
+
+TESTS = Path(__file__).parent
+DTYPE_TOLERANCE = 1e-5
+MODES = {"default": dict(start="activation"), "faithful": dict(start="random", lrc_faithful=True)}
+
+
+def train(folder: Path, mode: str, rows: int):
+    """Three steps over 8 rows each in 2 micro-batches (`rows` a process and micro-batch), the state of this rank, and its log."""
+    from conftest import build_tiny_model
+
+    trainer = make_trainer(build_tiny_model("qwen2", tied=True), folder / mode, tokenised(48), max_steps=3, gradient_accumulation_steps=2,
+                           per_device_train_batch_size=rows, adam_epsilon=1e-3, max_grad_norm=0.5, **MODES[mode])
+    trainer.train()
+    return trainer
+
+
+def main(folder: str) -> None:
+    """What each worker runs."""
+    for mode in MODES:
+        trainer = train(Path(folder), mode, rows=2)
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel" and trainer.args.world_size == 2
+        save_file(masters(trainer), Path(folder) / f"{mode}-{trainer.args.process_index}.safetensors",
+                  metadata=None)
+        if trainer.args.process_index == 0:
+            entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+            (Path(folder) / f"{mode}.log").write_text(repr([[entry[key] for key in KEYS] for entry in entries]))
+
+
+KEYS = ("loss", "grad_norm", "ce", "kl", "tap_mse")
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_two_processes_equal_one(parallel, tmp_path, mode):
+    first, second = (load_file(parallel / f"{mode}-{rank}.safetensors") for rank in (0, 1))
+    for name, value in first.items():
+        assert value.equal(second[name]), f"{name}: the ranks drifted apart"
+    single = train(tmp_path, mode, rows=4)
+    for name, value in masters(single).items():
+        assert float((value - first[name]).abs().max()) <= DTYPE_TOLERANCE, name
+    entries = [[entry[key] for key in KEYS] for entry in single.state.log_history if "loss" in entry]
+    for found, expected in zip(eval((parallel / f"{mode}.log").read_text()), entries, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
