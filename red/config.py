@@ -82,6 +82,8 @@ class REDConfig(TrainingArguments):
         require(self.start_std > 0, "start_std", "must be above 0")
         require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
                 "the taps need use_reentrant=False")
+        require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; it would drop the token mask of the packed rows")
+        require(self.label_smoothing_factor == 0, "label_smoothing_factor", "must be 0; the teacher's distribution is the smoothing here")
         require(not self.fp16, "fp16", "a gradient scaler would scale the gradients behind the projections' back; use bf16=True")
         require(not self.lrc_faithful or self.tap_target == "lrc", "tap_target", "lrc_faithful=True means tap_target='lrc'; drop one of them")
         require(not (self.lrc_faithful and self.tap_normalize), "tap_normalize", "lrc_faithful=True has plain errors; drop one of them")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 from red.calibration import Calibration
 from red.config import REDConfig
@@ -54,11 +55,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if teacher is None or train_data is None:
         raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
                        "(or train_file, or dataset_name).")
+    path = Path(config.output_dir) / "student"
     if not resume:
         require_empty_output(config.output_dir)
+    elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
+        raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
+    else:
+        require_empty_output(path, what="The exported student", remedy="This run is finished.")
     if not isinstance(teacher, PreTrainedModel):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
-        teacher = load_teacher(teacher, config.teacher_dtype)
+        source, teacher = teacher, load_teacher(teacher, config.teacher_dtype)
+        tokenizer = tokenizer or _tokenizer_beside(source)
     if tokenizer is None:
         raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
     if isinstance(calibration, (str, Path)):
@@ -68,9 +74,17 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    path = Path(config.output_dir) / "student"
-    trainer.export(path)
+    if trainer.is_world_process_zero():
+        trainer.export(path)
+    trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise REDError(f"There is no tokenizer beside the teacher {str(teacher)!r}: {error}. Pass tokenizer=...") from error
 
 
 def _named_dataset(config: REDConfig):

@@ -92,6 +92,8 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         found = _verify(model, tokenizer, aside, reference) if verify else {}
         size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
         for file in aside.rglob("*"):
+            if file.is_file():
+                shutil.copymode(aside / "config.json", file)  # safetensors writes for the owner's eyes only
             sync(file)
         require_empty_output(output_dir)  # the place may have changed meanwhile
         aside.replace(output_dir)  # onto nothing or an empty folder: one rename

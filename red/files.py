@@ -19,7 +19,10 @@ def _beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; some writers (safetensors) make files for their owner only
         yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

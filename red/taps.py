@@ -49,34 +49,39 @@ class Taps:
             target = "projected" if projections.channels is None else "gather"
         if target == "gather" and projections.channels is None:
             raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
-        self.student, self.projections, self.target, self.detach_target = student, projections, target, detach_target
+        self.teacher, self.student, self.projections, self.target, self.detach_target = teacher, student, projections, target, detach_target
         self.channels = None if projections.channels is None else projections.channels.to(student.device)
         self.mean_square = mean_square
         self._mode, self._targets, self._losses = None, {}, {}
-        self._handles = []
-        for tap in families.taps(teacher.config):
-            self._handles.append(teacher.get_submodule(tap.path).register_forward_hook(self._record(tap)))
-            self._handles.append(student.get_submodule(tap.path).register_forward_hook(self._compare(tap)))
+        self._handles = [student.get_submodule(tap.path).register_forward_hook(self._compare(tap)) for tap in families.taps(student.config)]
 
     def remove(self) -> None:
-        """Take the hooks off both models."""
+        """Take the hooks off the student."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @contextmanager
     def recording(self):
+        """The teacher's hooks live only here: lasting ones would keep every student alive that was ever trained with this teacher."""
         self._targets.clear()
-        with self._in_mode("record"):
+        handles = [self.teacher.get_submodule(tap.path).register_forward_hook(self._record(tap)) for tap in families.taps(self.teacher.config)]
+        try:
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def comparing(self, mask: Tensor | None, num_tokens: Tensor | float | None):
         """mask [B, T] bool of the tokens that count; `num_tokens` the global count that divides (None: the local one)."""
         self._losses.clear()
         self._mask, self._num_tokens = mask, num_tokens
-        with self._in_mode("compare"):
+        self._mode = "compare"
+        try:
             yield
+        finally:
+            self._mode = None
         if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(self.student)):
             self._mode = "recompute"  # the backward pass runs each layer again, and must save what the hooks saved the first time
         else:
@@ -93,18 +98,9 @@ class Taps:
         self._losses.clear()
         return total
 
-    @contextmanager
-    def _in_mode(self, mode: str):
-        self._mode = mode
-        try:
-            yield
-        finally:
-            self._mode = None
-
     def _record(self, tap: families.Tap):
         def hook(_module, _args, output: Tensor) -> None:
-            if self._mode == "record":
-                self._targets[tap] = output.detach()
+            self._targets[tap] = output.detach()
         return hook
 
     def _compare(self, tap: families.Tap):

@@ -64,6 +64,9 @@ class REDTrainer(Trainer):
         if calibration is not None or rows[0] is not None:
             calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
         self.projections = projections or start_projections(self.teacher, args, calibration)
+        self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target,
+                         detach_target=not args.lrc_faithful,
+                         mean_square=calibration.tap_square if args.tap_normalize and calibration else None) if args.tap_weight else None
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=kwargs.pop("data_collator", collate), **kwargs)
@@ -72,9 +75,6 @@ class REDTrainer(Trainer):
                            "Use one GPU, or data parallel (torchrun).")
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
-        self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target,
-                         detach_target=not args.lrc_faithful,
-                         mean_square=calibration.tap_square if args.tap_normalize and calibration else None) if args.tap_weight else None
         self._counts: losses.Counts | None = None
         self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 

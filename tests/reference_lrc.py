@@ -21,7 +21,9 @@ def plain_student(teacher, hidden_size: int):
     """An ordinary model of the teacher's class and width `hidden_size`; only its shapes and buffers are used."""
     config = type(teacher.config)(**{**teacher.config.to_dict(), "hidden_size": hidden_size,
                                      "head_dim": teacher.model.layers[0].self_attn.head_dim})
-    return AutoModelForCausalLM.from_config(config).to(teacher.dtype).train()
+    model = AutoModelForCausalLM.from_config(config).to(teacher.dtype).train()
+    model.get_input_embeddings().padding_idx = None  # else torch zeroes that row's gradient, and the product has no such rule
+    return model
 
 
 class Chained:

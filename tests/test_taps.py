@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from reference_lrc import MODULES, random_batch, watching
@@ -122,6 +125,17 @@ def test_hooks_sleep_outside_their_contexts(tiny_teacher):
     torch.testing.assert_close(run(taps, teacher, student, batch), first)
     taps.remove()
     assert [sum(len(module._forward_hooks) for module in model.modules()) for model in (teacher, student)] == clean
+
+
+def test_a_teacher_does_not_keep_its_students_alive(tiny_teacher, tmp_path):
+    """Many students of one teacher in one process: each is freed with its trainer."""
+    teacher = tiny_teacher()
+    trainer = make_trainer(teacher, tmp_path, max_steps=1)
+    trainer.train()
+    student = weakref.ref(trainer.student)
+    del trainer
+    gc.collect()
+    assert student() is None and not any(module._forward_hooks for module in teacher.modules())
 
 
 def test_unusable_targets_are_refused(tiny_teacher):

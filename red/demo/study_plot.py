@@ -40,7 +40,7 @@ def _draw(study: dict):
     rows = order(study)
     roles = _roles(rows)
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.8, 3.9), width_ratios=(1.15, 1), gridspec_kw={"wspace": 0.62})
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.8, 3.9), width_ratios=(1.15, 1), gridspec_kw={"wspace": 0.7})
         _curves(left, study, rows, roles)
         _tokens(right, study, rows, roles)
     return figure

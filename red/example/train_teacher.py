@@ -4,6 +4,9 @@ A Llama of 0.8 M parameters learns the corpus from scratch on one CPU thread: Mu
 embeddings, head and gains, and stages from copying and short chains to the full mix (`STAGES`). AdamW alone learned no
 arithmetic (FINDINGS). Copying comes in the first two million tokens, one step's arithmetic in the third, eight steps as the
 learning rate falls. One seed and one thread give the same bits again on the same machine and torch.
+
+When arithmetic appears is a matter of luck: of three runs two had it by step 2400 and ended at an exact match of 1.00; one, which
+differed from the first only in the order of one sum's additions, had none at step 2600. `main` fails when a run misses `GOAL`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from red.example.tokenizer import build_tokenizer
 ROW = 128  # tokens of a packed row; the longest document, 8 steps, has 89
 ROWS_PER_STEP = 16
 QUESTION_WEIGHT = 0.1  # of a question's token in the loss: questions are random, but copying inside them can be learned from
+
+GOAL = 0.95  # validation exact match, mean over 2, 4, 6 and 8 steps, that makes a teacher
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,13 @@ def measure(folder: Path, count: int) -> dict:
 def train(
     folder: Path,
     *,
-    seed: int = 0,
+    seed: int = 1,
     tokens: int = 6_000_000,
     lr: float = 3e-3,
     muon_lr: float = 0.02,
     problems_measured: int = 500,
-) -> None:
-    """Trains one teacher and writes it to `folder` with `training.json`.
+) -> dict:
+    """Trains one teacher and writes it to `folder` with `training.json`, whose content it returns.
 
     Args:
         tokens: of training text, padding not counted.
@@ -231,17 +236,21 @@ def train(
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the embedded teacher from scratch on one CPU thread.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and training.json")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the text")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and of the text")
     parser.add_argument("--tokens", type=int, default=6_000_000, help="of training text (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's peak learning rate (default: %(default)s)")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate (default: %(default)s)")
     args = parser.parse_args()
-    train(args.out, seed=args.seed, tokens=args.tokens, lr=args.lr, muon_lr=args.muon_lr)
+    record = train(args.out, seed=args.seed, tokens=args.tokens, lr=args.lr, muon_lr=args.muon_lr)
+    reached = record["exact_match"]["validation"]["mean of 2, 4, 6, 8"]
+    if reached < GOAL:
+        sys.exit(f"validation exact match {reached:.3f} is below {GOAL}: try another --seed than {args.seed} or more --tokens")
 
 
 if __name__ == "__main__":
