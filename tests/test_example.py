@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from red.evaluate import exact_match, text_quality
 from red.example import (
     SPLITS,
     Document,
@@ -20,7 +21,6 @@ from red.example import (
     tokenized,
 )
 from red.example.corpus import VOCABULARY
-from red.example.evaluate import easy_accuracy_and_perplexity, exact_match
 from red.example.tokenizer import build_tokenizer
 from red.example.train_teacher import ROW, STAGES, build_model, document_mask, packed_rows, train
 
@@ -229,11 +229,12 @@ def test_teacher_is_small_and_says_how_it_was_made(teacher):
 
 @pytest.mark.parametrize("steps", [2, 4, 6, 8])
 def test_teacher_solves_unseen_problems(teacher, tokenizer, steps):
-    assert exact_match(teacher, tokenizer, "test", steps, 50, seed=11) >= 0.9
+    assert exact_match(teacher, tokenizer, problems("test", steps, 50, seed=11))["exact_match"] >= 0.9
 
 
 def test_teacher_averages_95_percent(teacher, tokenizer):
-    assert sum(exact_match(teacher, tokenizer, "test", n, 50, seed=12) for n in (2, 4, 6, 8)) / 4 >= 0.95
+    asked = [problem for steps in (2, 4, 6, 8) for problem in problems("test", steps, 50, seed=12)]
+    assert exact_match(teacher, tokenizer, asked)["exact_match"] >= 0.95
 
 
 def test_exact_match_notices_a_broken_model(teacher, tokenizer):
@@ -242,10 +243,10 @@ def test_exact_match_notices_a_broken_model(teacher, tokenizer):
 
     broken = copy.deepcopy(teacher)
     broken.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    assert exact_match(broken, tokenizer, "test", 4, 50) < 0.1
+    assert exact_match(broken, tokenizer, problems("test", 4, 50))["exact_match"] < 0.1
 
 
 def test_teacher_predicts_easy_text_near_the_limit(teacher, tokenizer):
-    accuracy, perplexity = easy_accuracy_and_perplexity(teacher, tokenizer, "test", 200)
-    assert accuracy > 0.40
-    assert easy_perplexity_limit() * 0.97 < perplexity < easy_perplexity_limit() * 1.05
+    quality = text_quality(teacher, tokenizer, easy_documents("test", 200))
+    assert quality["easy_accuracy"] > 0.40
+    assert easy_perplexity_limit() * 0.97 < quality["easy_perplexity"] < easy_perplexity_limit() * 1.05

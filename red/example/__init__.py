@@ -3,7 +3,7 @@
     teacher = AutoModelForCausalLM.from_pretrained(teacher_path())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path())
 
-Nothing is downloaded. `red.example.evaluate` measures a model on the held-out problems.
+Nothing is downloaded. `red.evaluate` measures a model on the held-out problems.
 """
 
 from importlib.resources import files

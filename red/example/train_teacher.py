@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from red.example.corpus import documents, easy_perplexity_limit, tokenized
-from red.example.evaluate import easy_accuracy_and_perplexity, exact_match
+from red.evaluate import exact_match, text_quality
+from red.example.corpus import documents, easy_documents, easy_perplexity_limit, problems, tokenized
 from red.example.tokenizer import build_tokenizer
 
 ROW = 128  # tokens of a packed row; the longest document, 8 steps, has 89
@@ -148,17 +148,22 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     build_tokenizer().save_pretrained(folder)  # a fresh one: a tokenizer that has padded saves its padding
 
 
+def solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: str, steps: int, count: int) -> float:
+    """The share of `count` held-out problems of `steps` steps that greedy generation answers right."""
+    return exact_match(model, tokenizer, problems(split, steps, count), batch_size=100)["exact_match"]
+
+
 def measure(folder: Path, count: int) -> dict:
     """The saved file, read back and computed with in fp32: exact match by steps and easy-text figures, on both held-out splits."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = {"exact_match": {}, "easy": {}, "problems_per_figure": count, "easy_documents_per_figure": 2 * count}
     for split in ("validation", "test"):
-        by_steps = {steps: exact_match(model, tokenizer, split, steps, count) for steps in range(2, 9)}
+        by_steps = {steps: solved(model, tokenizer, split, steps, count) for steps in range(2, 9)}
         by_steps["mean of 2, 4, 6, 8"] = sum(by_steps[steps] for steps in (2, 4, 6, 8)) / 4
-        accuracy, perplexity = easy_accuracy_and_perplexity(model, tokenizer, split, 2 * count)
+        quality = text_quality(model, tokenizer, easy_documents(split, 2 * count))
         found["exact_match"][split] = by_steps
-        found["easy"][split] = {"accuracy": accuracy, "perplexity": perplexity}
+        found["easy"][split] = {"accuracy": quality["easy_accuracy"], "perplexity": quality["easy_perplexity"]}
     found["easy"]["perplexity limit"] = easy_perplexity_limit()
     return found
 
@@ -215,7 +220,7 @@ def train(
             report = f"step {step + 1} of {steps}, {time.time() - started:.0f} s, loss {loss.item():.4f}"
             if problems_measured:
                 model.eval()
-                report += f", validation exact match {[exact_match(model, tokenizer, 'validation', n, 50) for n in (2, 4, 8)]}"
+                report += f", validation exact match {[solved(model, tokenizer, 'validation', n, 50) for n in (2, 4, 8)]}"
                 model.train()
             print(report, flush=True)
     seconds = time.time() - started
