@@ -9,7 +9,7 @@ Names are imported when first used, so that `import red` and `red -h` are quick.
 import importlib
 
 _home = {
-    "Calibration": "calibration", "calibrate": "calibration",
+    "Calibration": "calibration", "calibrate": "prepare",
     "DistillResult": "distillation", "distill": "distillation",
     "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
     "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from red import families
 from red.errors import REDError
 from red.files import atomic_write_safetensors
+from red.packing import for_attention
 from red_kernels import channel_stats
 
 TAPS = ("residual", "norm")
@@ -82,16 +83,17 @@ def model_hash(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        sample = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()]
+        count = min(64, flat.numel())
+        sample = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)]  # integers: fp32 cannot index 2^24
         # fp32, so that a bf16 checkpoint has one hash whether it is loaded as bf16 or as fp32
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def calibrate(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, tap: str = "residual", covariance: bool = False,
+def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, tap: str = "residual", covariance: bool = False,
               tokenizer_hash: str = "") -> Calibration:
-    """Stream `batches` through the teacher once and return its channel statistics.
+    """Stream `batches` through the teacher once and return its channel statistics; `red.calibrate` takes text instead.
 
     Args:
         teacher: a Llama, Qwen2 or Qwen3 causal language model.
@@ -106,13 +108,14 @@ def calibrate(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *,
     families.check_family(teacher.config)
     if tap not in TAPS:
         raise REDError(f"tap={tap!r} is unknown; use one of {', '.join(map(repr, TAPS))}.")
-    sums = _Sums(teacher.config, tap, covariance)
+    sums = _Sums(teacher.config, tap, covariance, teacher.device)
     was_training = teacher.training
     teacher.eval()
     try:
         with sums.watching(teacher):
             for batch in batches:
                 batch = {key: value.to(teacher.device) for key, value in batch.items()}
+                batch = for_attention(batch, teacher.config)
                 sums.begin(batch)
                 teacher.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
     finally:
@@ -123,14 +126,14 @@ def calibrate(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *,
 class _Sums:
     """The running sums, filled by hooks while the teacher runs."""
 
-    def __init__(self, config, tap: str, covariance: bool):
+    def __init__(self, config, tap: str, covariance: bool, device: torch.device):
         self.norms, self.tap = families.norm_paths(config), tap
         d, points = config.hidden_size, config.num_hidden_layers + 1 if tap == "residual" else len(self.norms)
         self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
         self.square = torch.zeros(len(self.norms), d, dtype=torch.float64)
         self.taps = families.taps(config)
         self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), dtype=torch.float64)
-        self.covariance = torch.zeros(d, d, dtype=torch.float64) if covariance else None
+        self.covariance = torch.zeros(d, d, dtype=torch.float64, device=device) if covariance else None
         self.sequences = self.tokens = 0
 
     @contextmanager
@@ -167,7 +170,7 @@ class _Sums:
             z = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp_min(1e-30))
             self.square[point] += z.double().square().sum(0).cpu()
             if self.covariance is not None:
-                self.covariance += (z.T @ z).double().cpu()
+                self.covariance += (z.T @ z).double()
         return hook
 
     def _tap_hook(self, tap: families.Tap):
@@ -185,7 +188,7 @@ class _Sums:
                 point, channel = (~values.isfinite()).nonzero()[0].tolist()
                 raise REDError(f"The teacher's {what} is NaN or infinite at point {point}, channel {channel} of the residual stream. "
                                "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
-        covariance = None if self.covariance is None else self.covariance / (self.tokens * len(self.norms))
+        covariance = None if self.covariance is None else self.covariance.cpu() / (self.tokens * len(self.norms))
         return Calibration(self.squared_means.sqrt().mean(0), self.square / self.tokens, self.tap_square / self.tokens, covariance, tap,
                            self.sequences, self.tokens, model, tokenizer)
 

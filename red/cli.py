@@ -76,7 +76,17 @@ def demo(options: argparse.Namespace) -> None:
 
     # only what was said: the defaults are run_demo's own
     given = {name: value for name in ("steps", "starts", "seed", "processes", "device") if (value := getattr(options, name)) is not None}
+    if options.learning_rate:
+        given["learning_rates"] = dict(_rate_of_start(text) for text in options.learning_rate)
     run_demo(options.output_dir, overwrite=options.overwrite, **given)
+
+
+def _rate_of_start(text: str) -> tuple[str, float]:
+    start, _, rate = text.partition("=")
+    try:
+        return start, float(rate)
+    except ValueError:
+        raise REDError(f"--learning_rate {text}: expected START=RATE, such as pca=2e-3.") from None
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -109,13 +119,14 @@ def erank(options: argparse.Namespace) -> None:
     import torch
 
     from red.data import check_examples, load_examples
+    from red.distillation import _tokenizer_beside
     from red.erank import erank_table, hidden_erank
     from red.prepare import load_teacher
 
     found = {}
     for name in options.models:
         model = load_teacher(name).to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = _tokenizer(name)
+        tokenizer = _tokenizer_beside(name)
         examples = load_examples(options.data, tokenizer, text_column=options.text_column)
         check_examples(examples, tokenizer, model.config.vocab_size)
         values = hidden_erank(model, tokenizer, examples, max_tokens=options.max_tokens)
@@ -136,24 +147,16 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{options.checkpoint} is not a checkpoint: it has no config.json. {hint}")
     require_empty_output(options.out, what="--out")
 
+    from red.distillation import _tokenizer_beside
     from red.export import export as run
     from red.prepare import load_teacher
 
     source = require_existing(options.tokenizer, "The tokenizer") if options.tokenizer else folder
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
         raise REDError(f"{source} has no tokenizer. Name the teacher's folder: --tokenizer PATH")
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer_beside(source)
     student = load_teacher(folder.absolute(), "float32")  # exact for bf16 weights; cast once, below
     print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama))
-
-
-def _tokenizer(name: str | Path):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise REDError(f"Cannot read the tokenizer of {str(name)!r}: {error}") from error
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -221,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "overwrite", action="store_true", help="replace an earlier demo in DIR, once this one has succeeded")
     option(added, "steps", type=int, help="optimiser steps of every student")
     option(added, "starts", nargs="+", metavar="START", help="random (LRC), activation (RED), pca, ... [those two and the best other]")
+    option(added, "learning_rate", nargs="+", metavar="START=RATE", help="for a start that was not swept, or another than the swept one")
     option(added, "seed", type=int, help="of the training text, its order and the starts")
     option(added, "processes", type=int, metavar="N", help="students that train at once [one per core]")
     option(added, "device", choices=("auto", "cpu", "cuda"), help="[auto: a GPU if there is one]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from red.errors import REDError
@@ -42,8 +43,10 @@ class REDConfig(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term (no T² factor)."})
     tap_weight: float = field(default=0.2, metadata={"help": "Weight of the summed mean squared errors of the seven taps per layer; 0 turns them off."})
     tap_target: str = field(default="auto", metadata={"help": "Target of the two output taps: gather, projected, lrc, or auto."})
+    kl_reduction: str | None = field(default=None, metadata={"help": "token: mean over labelled tokens; sequence: every position, summed, divided by rows only (the public LRC code's); token, but sequence with lrc_faithful."})
+    tap_detach: bool | None = field(default=None, metadata={"help": "Keep the gradient of the FFN-output tap out of its target; on, but off with lrc_faithful."})
     tap_normalize: bool | None = field(default=None, metadata={"help": "Divide each tap's error by the mean square of the teacher's output there; on, but off with lrc_faithful."})
-    lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: undetached FFN target, attention tap at teacher width, T=40, its reductions."})
+    lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens whose logits exist at a time."})
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of projections and norm gains."})
@@ -53,11 +56,17 @@ class REDConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the packed rows carry a token mask."})
 
     def __post_init__(self):
+        if torch.backends.mps.is_available() and not torch.cuda.is_available():
+            self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
         super().__post_init__()
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0
+        if self.kl_reduction is None:
+            self.kl_reduction = "sequence" if self.lrc_faithful else "token"
         if self.tap_normalize is None:
             self.tap_normalize = not self.lrc_faithful
+        if self.tap_detach is None:
+            self.tap_detach = not self.lrc_faithful
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
@@ -72,6 +81,9 @@ class REDConfig(TrainingArguments):
 
         require(self.temperature > 0, "temperature", "must be above 0")
         require(self.divergence in DIVERGENCES, "divergence", f"use one of {', '.join(DIVERGENCES)}")
+        require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
+        require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight"):
             require(getattr(self, name) >= 0, name, "must not be negative")

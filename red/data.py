@@ -17,9 +17,9 @@ import numpy as np
 
 from red.errors import REDError
 from red.files import atomic_write_text, nearest, require_existing
-from red.packing import IGNORE, PackedDataset, collate, flatten, pack, split
+from red.packing import IGNORE, PackedDataset, collate, flatten, for_attention, pack, split
 
-__all__ = ["IGNORE", "PackedDataset", "check_examples", "collate", "flatten", "load_examples", "pack", "pad_id", "save_examples", "tokenizer_hash"]
+__all__ = ["IGNORE", "PackedDataset", "check_examples", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id", "save_examples", "tokenizer_hash"]
 
 BATCH = 1000  # texts that are tokenised together
 HASH_KEY = "tokenizer_hash"
@@ -119,6 +119,15 @@ def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, m
     if max_length is not None and total < max_length:
         raise REDError(f"The data set has {total} tokens in {len(examples)} examples, less than one sequence of max_length={max_length}. "
                        f"Give more text, or set max_length to {total} or less.")
+
+
+def check_packed(rows: PackedDataset, vocab_size: int) -> None:
+    """REDError if a ready PackedDataset has ids or labels outside the teacher's vocabulary."""
+    for what, values in (("id", rows.tokens), ("label", rows.labels[rows.labels != IGNORE])):
+        bad = (values < 0) | (values >= vocab_size)
+        if bad.any():
+            raise REDError(f"The packed rows have the {what} {values[bad][0]}, outside the teacher's vocabulary of {vocab_size}. "
+                           "Tokenise the data with the teacher's own tokenizer.")
 
 
 def _items(source, tokenizer) -> Iterator:

@@ -10,6 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from red.calibration import Calibration
 from red.config import REDConfig
+from red.data import tokenizer_hash
 from red.errors import REDError
 from red.files import require_empty_output
 from red.prepare import load_teacher
@@ -63,8 +64,8 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     else:
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
     if not isinstance(teacher, PreTrainedModel):
-        source, teacher = teacher, load_teacher(teacher, config.teacher_dtype)
-        tokenizer = tokenizer or _tokenizer_beside(source)
+        source, teacher = teacher, load_teacher(teacher, config.teacher_dtype, config.device)
+        tokenizer = _checked_tokenizer(tokenizer, source)
     if tokenizer is None:
         raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
     if isinstance(calibration, (str, Path)):
@@ -78,6 +79,20 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         trainer.export(path)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def _checked_tokenizer(given: PreTrainedTokenizerBase | None, teacher: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the teacher, or the given one if it means the same; one whose teacher has none cannot be checked."""
+    if given is None:
+        return _tokenizer_beside(teacher)
+    try:
+        own = _tokenizer_beside(teacher)
+    except REDError:
+        return given
+    if tokenizer_hash(own) != tokenizer_hash(given):
+        raise REDError(f"The given tokenizer is not the teacher's: hash {tokenizer_hash(given)[:12]}, that beside {str(teacher)!r} has {tokenizer_hash(own)[:12]}. "
+                       "Leave tokenizer out to use the teacher's own.")
+    return given
 
 
 def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from red import families
+from red.data import pad_id
 from red.errors import REDError
-from red.evaluate import Item, encode, evaluating, pad, pad_id
+from red.evaluate import Item, encode, evaluating, pad
 from red_kernels import erank
 
 
 def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4000, batch_size: int = 32) -> list[float]:
-    """eRank (METHOD.md §1) at the embedding and after each of the L layers.
+    """eRank (Roy & Vetterli 2007, "The effective rank"; see `red_kernels.erank`) at the embedding and after each of the L layers.
 
     Args:
         model: a Llama, Qwen2 or Qwen3 causal language model.

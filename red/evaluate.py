@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from red.data import pad_id
 from red.errors import REDError
 
 Item = Any  # a text, a list of ids, or a dict with "input_ids" (and perhaps "labels"), as data sets have them
@@ -187,12 +188,6 @@ def pad(rows: list[list[int]], model, fill: int, *, side: str) -> tuple[Tensor, 
         ids[row, place] = torch.tensor(values)
         mask[row, place] = 1
     return ids.to(model.device), mask.to(model.device)
-
-
-def pad_id(tokenizer) -> int:
-    if tokenizer is None:
-        return 0  # masked everywhere
-    return next((value for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
 
 
 def _end_ids(model, tokenizer) -> list[int]:

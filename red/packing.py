@@ -112,6 +112,11 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+def for_attention(batch: dict[str, Tensor], config) -> dict[str, Tensor]:
+    """The batch as the model's attention keeps documents apart: flattened for FlashAttention, else as it is."""
+    return flatten(batch) if "flash" in (getattr(config, "_attn_implementation", None) or "") else batch
+
+
 def flatten(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch `[B, T]` as one row `[1, B * T]`: the position ids keep the documents apart, also for FlashAttention, which ignores them
     in batches of several rows."""

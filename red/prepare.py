@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from red import data, families, starts
-from red.calibration import Calibration, calibrate
+from red.calibration import Calibration, calibrate_batches
 from red.config import REDConfig
 from red.errors import REDError
 from red.export import check_width
@@ -20,14 +20,19 @@ from red.student import build_student
 CALIBRATION_BATCH = 8
 
 
-def load_teacher(name_or_path: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """A teacher from the hub or a folder, without remote code; `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU.
+def load_teacher(name_or_path: str | Path, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:
+    """A teacher from the hub or a folder, without remote code, on the CPU.
+
+    Args:
+        dtype: "auto" is bfloat16 for a GPU and float32 for a CPU.
+        device: where it is going to run; None is a GPU if there is one.
 
     Raises:
         REDError: the folder is missing, or the architecture is not supported (found before any weight is read).
     """
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        on_gpu = torch.cuda.is_available() if device is None else device.type != "cpu"
+        dtype = "bfloat16" if on_gpu else "float32"
     if not hasattr(torch, dtype):
         raise REDError(f"teacher_dtype={dtype!r} is no dtype; use auto, float32 or bfloat16.")
     looks_like_path = Path(name_or_path).is_absolute() or str(name_or_path).startswith(".")
@@ -44,6 +49,7 @@ def load_teacher(name_or_path: str | Path, dtype: str = "auto") -> PreTrainedMod
 def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict]:
     """Rows for the trainer; a source whose rows carry a `token_mask` is packed already and passes through."""
     if isinstance(source, data.PackedDataset):
+        data.check_packed(source, teacher.config.vocab_size)
         return source
     examples = data.load_examples(source, tokenizer, text_column=config.text_column, max_length=config.max_length)
     data.check_examples(examples, tokenizer, teacher.config.vocab_size, max_length=config.max_length)
@@ -61,6 +67,30 @@ def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
     families.check_family(teacher.config)
     check_width(teacher.config, config.hidden_size)
     starts.get(config.start)
+    broken = [name for name, parameter in teacher.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise REDError(f"The teacher's {broken[0]} has NaN or infinite values{f', and so have {len(broken) - 1} more' if broken[1:] else ''}. "
+                       "Load it in fp32 or bf16 (fp16 overflows), or get its files again.")
+
+
+def calibrate(teacher: PreTrainedModel, source, tokenizer: PreTrainedTokenizerBase | None = None, *, samples: int = 64, max_length: int = 2048,
+              text_column: str = "text", tap: str = "residual", covariance: bool = False) -> Calibration:
+    """Channel statistics of a teacher on any text, to save and to start from: `distill(..., calibration=...)`.
+
+    Args:
+        source: what `red.data.load_examples` reads; the first `samples` packed rows of `max_length` tokens are used.
+        tokenizer: the teacher's; may be missing where the examples are tokenised. Its hash is kept and checked when the calibration is used.
+        tap: "residual" or "norm", where RED's score reads the activations.
+        covariance: also the second moment that `pca` and `activation_lstsq` need, O(d²).
+
+    Raises:
+        REDError: bad input, see `red.data.load_examples` and `red.calibration.calibrate_batches`.
+    """
+    examples = data.load_examples(source, tokenizer, text_column=text_column, max_length=max_length)
+    data.check_examples(examples, tokenizer, teacher.config.vocab_size)
+    rows = data.pack(examples, max_length, pad_token_id=data.pad_id(tokenizer, teacher.config))
+    return calibrate_batches(teacher, calibration_batches(rows, samples), tap=tap, covariance=covariance,
+                             tokenizer_hash=data.tokenizer_hash(tokenizer) if tokenizer is not None else "")
 
 
 def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | None = None,
@@ -72,8 +102,8 @@ def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequ
         return calibration
     if not rows:
         raise REDError("A calibration needs text. Pass train_dataset, or a calibration.")
-    return calibrate(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
-                     covariance="covariance" in starts.get(config.start).needs, tokenizer_hash=tokenizer_hash)
+    return calibrate_batches(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
+                             covariance="covariance" in starts.get(config.start).needs, tokenizer_hash=tokenizer_hash)
 
 
 def start_projections(teacher: PreTrainedModel, config: REDConfig, calibration: Calibration | None = None) -> Projections:

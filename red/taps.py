@@ -31,8 +31,9 @@ class Taps:
     Args:
         target: one of TARGETS; "auto" is "gather" for selection starts and "projected" else.
         detach_target: False lets the FFN tap train `B` through its target too, as the public LRC code does.
-        mean_square: [L, 7] of the teacher's outputs, from a calibration. Each tap's error is divided by it, so that it counts as a share of what the
-            teacher says there: without this the taps with the largest outputs, often one FFN, are all that trains. None: plain errors.
+        mean_square: [L, 7] of the teacher's outputs at full width, from a calibration. Each tap's error is divided by it: without this the taps with
+            the largest outputs, often one FFN, are all that trains. For a projected target it is the teacher's scale all the same,
+            not the target's, which moves with `B`. None: plain errors.
 
     Use, per forward:
         with taps.recording(): teacher(...)
@@ -50,7 +51,6 @@ class Taps:
         if target == "gather" and projections.channels is None:
             raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
         self.teacher, self.student, self.projections, self.target, self.detach_target = teacher, student, projections, target, detach_target
-        self.channels = None if projections.channels is None else projections.channels.to(student.device)
         self.mean_square = mean_square
         self._mode, self._targets, self._losses = None, {}, {}
         self._handles = [student.get_submodule(tap.path).register_forward_hook(self._compare(tap)) for tap in families.taps(student.config)]
@@ -105,22 +105,25 @@ class Taps:
 
     def _compare(self, tap: families.Tap):
         name = f"{tap.path}.weight"
-        square = 1.0 if self.mean_square is None else float(self.mean_square[tap.layer, families.TAPS.index(tap.name)]) or 1.0
 
         def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self._mode == "compare":
                 loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
-                self._losses[tap] = loss if square == 1.0 else loss / square
+                self._losses[tap] = loss / self._square(tap)
             elif self._mode == "recompute":
                 self._tap_loss(tap, name, args[0], output, self._targets.pop(tap))
         return hook
+
+    def _square(self, tap: families.Tap) -> float:
+        """What a tap's error is divided by."""
+        return 1.0 if self.mean_square is None else float(self.mean_square[tap.layer, families.TAPS.index(tap.name)])
 
     def _tap_loss(self, tap: families.Tap, name: str, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:
         index = None
         if tap.writes:
             factor = self.projections[name]
             if self.target == "gather":
-                index = self.channels
+                index = self.projections.channels.to(output.device)
             elif self.target == "lrc" and tap.name == "o":
                 output = linear(module_input, factor.teacher.to(output.dtype))
                 if factor.teacher_bias is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import types
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from red import losses
 from red.calibration import Calibration, model_hash
 from red.config import REDConfig
-from red.data import collate
+from red.data import collate, for_attention
 from red.errors import REDError
 from red.export import export
 from red.files import atomic_write_safetensors
@@ -33,6 +35,10 @@ from red.taps import Taps
 from red_kernels import linear_kd
 
 PROJECTIONS_FILE = "projections.safetensors"
+TAP_FLOOR = 1e-6  # of the mean over all taps
+TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
+
+logger = logging.get_logger(__name__)
 
 
 class REDTrainer(Trainer):
@@ -54,7 +60,8 @@ class REDTrainer(Trainer):
     def __init__(self, teacher: PreTrainedModel, args: REDConfig, train_dataset=None, eval_dataset=None, processing_class=None,
                  calibration: Calibration | None = None, projections: Projections | None = None, **kwargs):
         if args.n_gpu > 1:
-            args._n_gpu = 1  # one process per GPU (torchrun, accelerate launch): DataParallel would replicate the student behind its projections
+            logger.warning(f"Using 1 of {args.n_gpu} GPUs; start one process per GPU with torchrun or accelerate launch to use all.")
+            args._n_gpu = 1  # DataParallel would replicate the student behind its projections
         if kwargs.get("optimizers", (None, None))[0] is not None:
             raise REDError("optimizers=... holds the student's weights, and red trains projections beside them, whose optimizer it makes itself. "
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
@@ -64,9 +71,11 @@ class REDTrainer(Trainer):
         if calibration is not None or rows[0] is not None:
             calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
         self.projections = projections or start_projections(self.teacher, args, calibration)
-        self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target,
-                         detach_target=not args.lrc_faithful,
-                         mean_square=calibration.tap_square if args.tap_normalize and calibration else None) if args.tap_weight else None
+        mean_square = calibration.tap_square if args.tap_normalize and calibration else None
+        if mean_square is not None:  # a tap whose teacher says next to nothing must not outweigh all others
+            mean_square = mean_square.clamp(min=TAP_FLOOR * mean_square.mean().item() or 1.0)
+        self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target, detach_target=args.tap_detach,
+                         mean_square=mean_square) if args.tap_weight else None
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=kwargs.pop("data_collator", collate), **kwargs)
@@ -87,13 +96,13 @@ class REDTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = self._counts if model.training and self._counts is not None else losses.count([inputs], self.args.device)
+        inputs = for_attention(inputs, self.teacher.config)
         place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
         with torch.no_grad(), self.accelerator.autocast(), self._recording():
             teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
 
-        faithful = self.args.lrc_faithful
-        token_mask = None if faithful else inputs["token_mask"]
-        with self._comparing(token_mask, counts.positions if faithful else counts.tokens):
+        padded = self.args.lrc_faithful  # the public code's taps count padding too
+        with self._comparing(None if padded else inputs["token_mask"], counts.positions if padded else counts.tokens):
             loss, ce, kl = model(**place, distil=functools.partial(self._kd, teacher_hidden, inputs["labels"], counts))
         tap = self.taps.loss() if self.taps else torch.zeros((), device=loss.device)
         loss = loss + self.args.tap_weight * tap
@@ -105,13 +114,11 @@ class REDTrainer(Trainer):
         """CE + KL from both models' last hidden states; runs inside the (possibly wrapped) student's forward."""
         args, flat = self.args, lambda x: x.flatten(0, 1)
         labels = flat(losses.next_labels(labels))
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, head = hidden.to(dtype), head.to(dtype)
-        every = torch.ones_like(labels, dtype=torch.bool) if args.lrc_faithful else None
+        by_sequence = args.kl_reduction == "sequence"
+        every = torch.ones_like(labels, dtype=torch.bool) if by_sequence else None
         return linear_kd(flat(hidden), head, flat(teacher_hidden), self.teacher.get_output_embeddings().weight, labels, kl_mask=every,
                          temperature=args.temperature, divergence=args.divergence, beta=args.jsd_beta, ce_weight=args.ce_weight,
-                         kl_weight=args.kl_weight, num_tokens=counts.labels, num_kl_tokens=counts.rows if args.lrc_faithful else counts.labels,
+                         kl_weight=args.kl_weight, num_tokens=counts.labels, num_kl_tokens=counts.rows if by_sequence else counts.labels,
                          chunk_size=args.loss_chunk_size)
 
     def _recording(self):
@@ -186,8 +193,10 @@ class REDTrainer(Trainer):
         """The plain student, and beside it the projections that rebuild it from the teacher."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(),
-                                     metadata={"teacher_hash": model_hash(self.teacher)})
+            facts = {"teacher_hash": model_hash(self.teacher)}
+            if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
+                facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(), metadata=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
@@ -203,13 +212,16 @@ class REDTrainer(Trainer):
                            "Resume from a checkpoint-N folder that red wrote.")
         try:
             with safe_open(path, "pt") as file:
-                made_with = (file.metadata() or {}).get("teacher_hash")
+                facts = file.metadata() or {}
             state = load_file(path)
         except SafetensorError as error:
             raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+        made_with = facts.get("teacher_hash")
         if made_with not in (None, model_hash(self.teacher)):
             raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {model_hash(self.teacher)[:12]}). "
                            "Resume with the same teacher, loaded in the same teacher_dtype.")
+        if self.taps and TAP_WEIGHTS in facts:
+            self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
         self.projections.load_state_dict(state)
 
     def export(self, output_dir, **kwargs):

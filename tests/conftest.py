@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed threads cost up to 100x (TOOLCHAIN)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed threads cost up to 100x
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest

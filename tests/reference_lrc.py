@@ -1,6 +1,7 @@
 """An independent, plain implementation of what `red` trains: the student as a chain of products, and the two objectives with whole logits.
 
-Written from METHOD.md §2 with torch and transformers only; imports nothing of `red` or `red_kernels`. Slow and obvious on purpose.
+Written from LRC (arXiv 2505.12781) and its public code's reductions, with torch and transformers only; imports nothing of `red` or
+`red_kernels`. Slow and obvious on purpose.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from reference_lrc import MODULES, documents, normalised, random_batch, streams, watching
 from safetensors.torch import save_file
 
-from red.calibration import Calibration, calibrate, model_hash
+from red.calibration import Calibration, model_hash
+from red.calibration import calibrate_batches as calibrate
 from red.errors import REDError
 
 WIDTH, LAYERS = 32, 2
@@ -220,3 +221,13 @@ def test_bad_input_is_refused(tiny_teacher, tmp_path):
     for name in ("other", "text"):
         with pytest.raises(REDError, match=f"{name}.safetensors.*not a calibration"):
             Calibration.load(tmp_path / f"{name}.safetensors")
+
+
+def test_model_hash_of_a_parameter_beyond_the_integers_of_float32():
+    """2^24 elements and more: an index computed in fp32 would run past the end."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(3072 * 8192, dtype=torch.bfloat16))
+    before = model_hash(model)
+    with torch.no_grad():
+        model.weight[-1] = 1.0
+    assert model_hash(model) != before

@@ -95,7 +95,10 @@ def test_demo_passes_on_what_was_said(monkeypatch, capsys):
     monkeypatch.setattr("red.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert main(["demo"]) == 0
     assert main(["demo", "--output-dir", "here", "--steps", "3", "--starts", "random", "pca", "--overwrite"]) == 0
-    assert calls == [(("runs/demo",), {"overwrite": False}), (("here",), {"overwrite": True, "steps": 3, "starts": ["random", "pca"]})]
+    assert main(["demo", "--learning-rate", "pca=2e-3", "random=1e-3"]) == 0
+    assert calls == [(("runs/demo",), {"overwrite": False}), (("here",), {"overwrite": True, "steps": 3, "starts": ["random", "pca"]}),
+                     (("runs/demo",), {"overwrite": False, "learning_rates": {"pca": 2e-3, "random": 1e-3}})]
+    assert "expected START=RATE" in refused(capsys, "demo", "--learning_rate", "2e-3")
 
 
 def test_interruption_says_what_is_kept(run, monkeypatch, capsys):
@@ -132,6 +135,9 @@ def test_bad_settings_are_refused_before_training(arguments, message, folder, ca
 
 def test_other_commands_refuse_unknown_options_and_missing_files(folder, capsys):
     assert "does not know '--stepz'" in refused(capsys, "demo", "--stepz", "3")
+    out = ("demo", "--output_dir", folder / "demo")
+    assert "steps=0" in refused(capsys, *out, "--steps", "0") and "steps=-1" in refused(capsys, *out, "--steps", "-1")
+    assert "processes=0" in refused(capsys, *out, "--processes", "0") and not (folder / "demo").exists()
     assert "did you mean" in refused(capsys, "erank", folder / "teacher", "--data", folder / "corpus.tx")
     assert "at least 2 tokens" in refused(capsys, "erank", folder / "teacher", "--data", folder / "corpus.txt", "--max-tokens", "1")
     assert "does not exist" in refused(capsys, "export", folder / "nothing", "--out", folder / "out")

@@ -1,4 +1,4 @@
-"""What METHOD.md §3 says about RED's start and the linear auto-encoder, as contracts on the code that trains.
+"""What RED (arXiv 2605.29327) says about its start and the linear auto-encoder, as contracts on the code that trains.
 
 A writer followed by a reader over identity weights *is* the linear auto-encoder: `x ↦ x Bᵀ ↦ x Bᵀ Aᵀ`, so `Q = Bᵀ [d, d']` and
 `O = Aᵀ [d', d]`. The tests drive it through `red.projections.Factor`, with gradients of the products' results pulled back.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from red import starts
-from red.calibration import calibrate
+from red.calibration import calibrate_batches as calibrate
 from red.projections import Factor
 from red.starts.base import random_orthonormal
 from red_kernels import channel_stats, erank
@@ -138,7 +138,7 @@ def anisotropic_rows(rows: int, width: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_order_of_the_starts_in_the_linear_auto_encoder(seed):
-    """eRank of the reconstruction: random < orthogonal < activation, and the loss the other way round (METHOD.md §3, last paragraph)."""
+    """eRank of the reconstruction: random < orthogonal < activation, and the loss the other way round (RED, arXiv 2605.29327)."""
     width, bottleneck, std = 64, 24, 0.02
     x = anisotropic_rows(800, width, seed)
     generator = torch.Generator().manual_seed(seed)

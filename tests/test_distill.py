@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from conftest import build_tiny_tokenizer
 from tiny_training import settings_of, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import red
 from red.config import REDConfig
 from red.errors import REDError
+from red.packing import pack
 
 
 def texts(count: int = 24) -> list[str]:
@@ -63,7 +65,7 @@ def test_end_to_end(teacher_folder, tmp_path, monkeypatch, source):
 def test_config_object_calibration_file_and_eval_data(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
     teacher = tiny_teacher()
-    red.calibrate(teacher, [{"input_ids": torch.randint(3, 64, (4, 8))}]).save(tmp_path / "calibration.safetensors")
+    red.calibrate(teacher, texts(), tiny_tokenizer, samples=3, max_length=16).save(tmp_path / "calibration.safetensors")
     result = red.distill(teacher, texts(), tokenizer=tiny_tokenizer, eval_data=texts(5), calibration=tmp_path / "calibration.safetensors",
                          config=REDConfig(**quick(tmp_path / "run")))
     assert 0 < result.metrics["eval_loss"] < 20
@@ -97,13 +99,20 @@ def broken(model, value=float("nan")):
     return model
 
 
-def other_tokenizer():
-    """As large as a vocabulary of 64 is not."""
+def saved(model, tmp):
+    """A folder with the model and the tests' tokenizer."""
+    model.save_pretrained(tmp / "teacher")
+    build_tiny_tokenizer().save_pretrained(tmp / "teacher")
+    return tmp / "teacher"
+
+
+def other_tokenizer(words=96):
+    """With 96 words larger than a vocabulary of 64, with 60 as large, and always with other words than the tests' own."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"v{index}" for index in range(96))]
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")),
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"v{index}" for index in range(words))]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>")),
                                    eos_token="<eos>", unk_token="<unk>")
 
 
@@ -124,9 +133,13 @@ BAD = {
     "empty file": (lambda teacher, tmp: dict(train_data=_write(tmp / "empty.txt", "")), "data set is empty"),
     "blank texts": (lambda teacher, tmp: dict(train_data=["", "  "]), "data set is empty"),
     "too little text": (lambda teacher, tmp: dict(train_data=["w4 w5"]), "3 tokens .*less than one sequence of max_length=16.*max_length to 3"),
-    "NaN in the teacher": (lambda teacher, tmp: dict(teacher=broken(teacher())), "NaN or infinite at point 2, channel 3"),
+    "NaN in the teacher": (lambda teacher, tmp: dict(teacher=broken(teacher())), "down_proj.weight has NaN or infinite values"),
     "NaN in the teacher of a random start": (lambda teacher, tmp: dict(teacher=broken(teacher()), start="random"), "NaN or infinite"),
     "another vocabulary": (lambda teacher, tmp: dict(tokenizer=other_tokenizer()), "tokenizer has 100 entries but the teacher's embedding has 64"),
+    "another tokenizer of the same size": (lambda teacher, tmp: dict(teacher=saved(teacher(), tmp), tokenizer=other_tokenizer(60)), "given tokenizer is not the teacher's"),
+    "packed rows of another vocabulary": (lambda teacher, tmp: dict(train_data=pack([{"input_ids": [5, 70] * 10}], 16, pad_token_id=0)), "packed rows have the id 70"),
+    "FSDP": (lambda teacher, tmp: dict(fsdp="full_shard"), "fsdp=.*owns the optimiser"),
+    "unknown reduction": (lambda teacher, tmp: dict(kl_reduction="mean"), "kl_reduction='mean': use token or sequence"),
     "no tokenizer": (lambda teacher, tmp: dict(tokenizer=None), "module needs its tokenizer"),
     "no data": (lambda teacher, tmp: dict(train_data=None), "needs a teacher and training data"),
     "config and settings": (lambda teacher, tmp: dict(config=REDConfig(**quick(tmp / "run"))), "config or settings, not both.*'hidden_size'"),
@@ -142,7 +155,7 @@ BAD = {
     "dropped columns": (lambda teacher, tmp: dict(remove_unused_columns=True), "remove_unused_columns=True: must stay False"),
     "fp16": (lambda teacher, tmp: dict(fp16=True), "fp16=True.*bf16"),
     "missing calibration": (lambda teacher, tmp: dict(calibration=tmp / "none.safetensors"), "no calibration file .*none.safetensors"),
-    "calibration of another model": (lambda teacher, tmp: dict(calibration=red.calibrate(teacher(seed=1), [{"input_ids": torch.full((1, 4), 5)}])), "another model"),
+    "calibration of another model": (lambda teacher, tmp: dict(calibration=red.calibrate(teacher(seed=1), [{"input_ids": [5, 5, 5, 5]}])), "another model"),
 }
 
 

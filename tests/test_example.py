@@ -1,5 +1,6 @@
 """The embedded example: disjoint splits, right arithmetic, honest labels, and a teacher that really reasons."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -209,9 +210,15 @@ def test_training_is_reproducible_to_the_bit(tmp_path):
     from safetensors.torch import load_file
 
     for run in ("one", "two"):
-        train(tmp_path / run, seed=3, tokens=12_000, problems_measured=0)
+        record = train(tmp_path / run, seed=3, tokens=12_000, problems_measured=0)
+        assert record["model_sha256"] == sha256(tmp_path / run) and "1 thread" in record["device"] and record["commit"]
     one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def sha256(folder) -> str:
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 # --- the shipped teacher ----------------------------------------------------------------------------------------------------
@@ -224,7 +231,8 @@ def test_teacher_is_small_and_says_how_it_was_made(teacher):
     assert teacher.generation_config.eos_token_id == 2 and not teacher.config.tie_word_embeddings
     with open(os.path.join(teacher_path(), "training.json")) as file:
         made = json.load(file)
-    assert {"command", "seed", "tokens", "seconds", "versions", "exact_match", "easy"} <= made.keys()
+    assert {"command", "seed", "tokens", "seconds", "versions", "commit", "exact_match", "easy"} <= made.keys()
+    assert made["model_sha256"] == sha256(teacher_path())
 
 
 @pytest.mark.parametrize("steps", [2, 4, 6, 8])

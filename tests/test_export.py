@@ -107,7 +107,7 @@ def test_a_process_that_dies_is_reported(tmp_path):
 
 
 def test_the_config_tells_whether_embeddings_are_tied(tmp_path, tiny_model, tiny_tokenizer):
-    """FINDINGS: the public LRC code exports an untied student with a tied flag, and its logits are off by 140 %."""
+    """The public LRC code (arXiv 2505.12781) exports an untied student with a tied flag, and its logits are off by 140 %."""
     student = tiny_model("qwen2", tied=False, hidden_size=WIDTH)
     student.config.tie_word_embeddings = True
     export(student, tiny_tokenizer, tmp_path / "out", verify=False)

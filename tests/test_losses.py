@@ -8,6 +8,7 @@ from reference_lrc import random_batch
 from tiny_training import make_trainer, shake
 
 from red import losses
+from red.packing import flatten, for_attention
 
 
 def test_next_labels():
@@ -110,3 +111,23 @@ def test_a_batch_without_labels_is_zero_not_nan(trainer):
     for counts in (lambda: setattr(trainer, "_counts", None), lambda: trainer._get_num_items_in_batch([batch], torch.device("cpu"))):
         counts()
         assert loss_of(weigh(trainer, 1, 1, 0), batch) == 0.0
+
+
+def test_flattened_rows_give_the_same_loss(tiny_teacher, tmp_path, monkeypatch):
+    """FlashAttention keeps documents apart in one row only, so such a model gets the batch as one row; the objective must not notice."""
+    trainer = make_trainer(tiny_teacher(), tmp_path)
+    batch = random_batch()
+    trainer.student.eval()
+    plain = trainer.compute_loss(trainer.student, batch)
+    seen = []
+    monkeypatch.setattr("red.trainer.for_attention", lambda inputs, config: seen.append(1) or flatten(inputs))
+    torch.testing.assert_close(trainer.compute_loss(trainer.student, batch), plain, rtol=1e-5, atol=0)
+    assert seen
+
+
+@pytest.mark.parametrize("attention, rows", [("sdpa", 3), ("eager", 3), ("flash_attention_2", 1), ("kernels-community/flash-attn", 1)])
+def test_only_flash_attention_gets_one_row(attention, rows):
+    class Config:
+        _attn_implementation = attention
+
+    assert len(for_attention({"input_ids": torch.zeros(3, 4)}, Config)["input_ids"]) == rows

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from red.demo import record, summary
+from red.demo.report import render, write_report
 from red.demo.study_plot import write_starts_figure
-from red.report import render, write_report
 
 
 def outcome(curve, eranks, rate=0.004):
@@ -69,7 +69,7 @@ def test_page_loads_nothing_and_is_whole(results, details, tmp_path):
 
 def test_page_renders_the_numbers(results, details):
     page = render(results, details)
-    for text in ("97.8 %", "96.2 %", "1.2 %", "81k ± 9k", "&gt; 810k", "5.59", "62", "made up", "by a rule", "0.004", "2.13.0"):
+    for text in ("97.8 %", "96.2 %", "1.2 %", "81k (72k–90k)", "&gt; 810k (1 of 3 seeds sooner)", "5.59", "62", "made up", "by a rule", "0.004", "2.13.0"):
         assert text in page, text
     assert "<mark>&lt;k&gt;</mark>" in page  # what a model says is escaped, and marked where it is wrong
     assert page.count('class="right"') == 3 and page.count('class="wrong"') == 1
@@ -96,30 +96,55 @@ def test_results_alone_make_a_page(results):
 def test_words_follow_the_numbers(results, details):
     won = summary.sentences(results, details)
     assert "RED is 95 points ahead of LRC" in won[0] and "cannot do the chains" in won[0]
-    assert "RED kept 98 %" in summary.headline(results) and "LRC has lost it" in summary.headline(results)
-    assert "the collapse" in " ".join(won) and "could tell the two apart" in " ".join(won)
+    assert "RED kept 98 %" in summary.headline(results, details) and "LRC has lost it" in summary.headline(results, details)
+    assert "the collapse" in " ".join(won) and "RED and LRC are within 0.0 points of each other" in " ".join(won)
+    assert "shows no difference from RED beyond 3.4 points" in " ".join(won)
 
     lost = copy.deepcopy(results)
     lost["starts"]["activation"], lost["starts"]["random"] = lost["starts"]["random"], lost["starts"]["activation"]
     said = " ".join(summary.sentences(lost, details))
     assert "RED lost" in said and "RED is 95 points ahead" not in said and "no collapse" in said
-    assert "RED lost here" in summary.headline(lost)
+    assert "RED lost here" in summary.headline(lost, details)
 
     level = copy.deepcopy(results)
     level["starts"]["random"] = copy.deepcopy(level["starts"]["activation"])
     said = " ".join(summary.sentences(level, details))
-    assert "within the noise" in said and "ahead" not in said and "the collapse" not in said
-    assert "No difference" in summary.headline(level)
+    assert "no difference beyond the 3.9 points" in said and "ahead" not in said and "the collapse" not in said
+    assert summary.headline(level, details) == "No difference beyond 3.9 points between the reasoning of RED and LRC in this run"
 
     level["starts"]["random"]["final"]["easy_accuracy"] = 0.2
     assert "RED is 21 points better there too" in " ".join(summary.sentences(level, details))
+
+
+def test_a_difference_needs_more_than_the_error_of_its_problems(results, details):
+    assert summary.margin(0.5, 0.5, 400) == pytest.approx(2 * (0.5 / 400) ** 0.5, rel=0.01)  # 7 points near one half
+    assert 0.003 < summary.margin(1.0, 1.0, 400) < 0.01 < summary.margin(1.0, 0.97, 400) < 0.025  # less near one, and never 0
+    assert summary.margin(0.5, 0.5, 100) > 1.9 * summary.margin(0.5, 0.5, 400)
+    details["settings"]["final_problems"] = 5000
+    final = results["starts"]["pca"]["final"], results["starts"]["activation"]["final"]
+    assert final[0]["exact_match"] - final[1]["exact_match"] == pytest.approx(0.025)
+    assert "pca, is 2.5 points better than RED" in " ".join(summary.sentences(results, details))  # 10,000 problems each
+
+
+def test_conditions_say_what_is_ours(results, details):
+    said = " ".join(summary.conditions(details))
+    assert "but for one clause: the two output taps" in said and "LRC's start under our objective; the published objective is a row of the study." in said
+    assert said.count("mean square there is ours.") == 1 and "that one common grid gave it" in said  # no figure that the study has not
+    details["tokens_to_90"] |= {"activation, plain taps": {"mean": None, "std": None, "per_seed": [None], "budget": 612_000},
+                                "random, public LRC objective": {"mean": None, "std": None, "per_seed": [None], "budget": 613_000}}
+    said = " ".join(summary.conditions(details))
+    assert "took 81k (72k–90k) tokens to 90 % of the teacher with it, > 612k without" in said and "and took > 613k tokens" in said
+    assert "&gt; 612k without" in render(results, details)
+    details["settings"]["options"] = {"lrc_faithful": True}
+    said = " ".join(summary.conditions({**details, "given_rates": {"random": 1e-3}}))
+    assert "is ours" not in said and '{"lrc_faithful": true}' in said and "given by hand: LRC (random) 0.001" in said
 
 
 def test_table_is_aligned_and_complete(results, details):
     lines = summary.table(results, details).splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
     assert [line.split()[0] for line in lines[2:-1]] == ["teacher", "LRC", "RED", "pca"]
-    assert "96.2 %" in lines[4] and "81k ± 9k" in lines[4] and lines[5].endswith("not measured")
+    assert "96.2 %" in lines[4] and "81k (72k–90k)" in lines[4] and lines[5].endswith("not measured")
     assert "not of this run" in lines[-1]
 
 

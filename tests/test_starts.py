@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from reference_lrc import documents, normalised, random_batch, streams, use_exact_norms
 
 from red import starts
-from red.calibration import calibrate
+from red.calibration import calibrate_batches as calibrate
 from red.errors import REDError
 from red.projections import Projections
 from red.starts import base
@@ -182,12 +183,23 @@ def test_orthonormal_maps(tiny_teacher, name):
             down = down / context.gain(norms[key])[:, None] if key in norms else down
             torch.testing.assert_close(down.T @ down, eye, atol=1e-10, rtol=0, msg=key)
             downs.append(down)
-    same = [torch.allclose(downs[0], other) for other in downs[1:]]
+    same = [torch.allclose(one, other) for one, other in combinations(downs, 2)]
     assert not any(same) if name == "orthogonal" else all(same)
     if name == "pca":  # no other map of this width keeps more of the second moment
         kept = torch.trace(downs[0].T @ context.calibration.covariance @ downs[0])
         best = torch.linalg.eigvalsh(context.calibration.covariance).flip(0)[:NARROW].sum()
         torch.testing.assert_close(kept, best)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "orthogonal_shared"])
+def test_a_tied_head_takes_the_nearest_diagonal_gain(tiny_teacher, name):
+    """`downᵀ diag(g) down` is what a head that cannot fold would need; a norm has only a diagonal."""
+    teacher = tiny_teacher(tied=True)
+    maps = starts.get(name)(StartContext(teacher, NARROW)).maps
+    down, gain = maps["model.embed_tokens.weight"], teacher.model.norm.weight.detach().double()
+    needed = down.T @ torch.diag(gain) @ down
+    torch.testing.assert_close(maps["model.norm.weight"], needed.diagonal(), rtol=1e-10, atol=0)
+    assert torch.equal(maps["model.layers.0.input_layernorm.weight"], torch.ones(NARROW, dtype=torch.float64))
 
 
 def test_gaussian_start(tiny_teacher):

@@ -156,3 +156,14 @@ def test_a_torn_checkpoint_is_refused(tiny_teacher, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(REDError, match="projections.safetensors cannot be read.*older checkpoint"):
         make_trainer(tiny_teacher(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resume_goes_on_with_the_same_channels_and_tap_weights(tiny_teacher, tmp_path):
+    """A resumed run that would calibrate on other rows must still train against the channels and weights of the checkpoint."""
+    first = make_trainer(tiny_teacher(), tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    again = make_trainer(tiny_teacher(), tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=2, calibration_samples=1)
+    assert not torch.equal(again.taps.mean_square, first.taps.mean_square)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(again.taps.mean_square, first.taps.mean_square)
+    assert torch.equal(again.projections.channels, first.projections.channels)

@@ -6,7 +6,6 @@ rate or `options` see the same batches in the same order, which `data_digest` pr
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 import time
@@ -15,13 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 import red
 from red.erank import hidden_erank
 from red.errors import REDError
 from red.evaluate import exact_match, forced_exact_match, generate_answers, text_quality
 from red.example import documents, easy_documents, problems, tokenized
+from red.prepare import load_teacher
 
 STEP_COUNTS = (2, 4, 6, 8)  # of the measured problems
 FIRST_PHASE = 0.3  # the share of the training after which a collapse shows: the middle one of the three full measurements
@@ -91,10 +91,9 @@ class Suite:
         return [problem for found in self.problems.values() for problem in found[:count]]
 
 
-def load_teacher(path: str, device: str = "auto"):
+def teacher_and_tokenizer(path: str, device: str = "auto"):
     """Teacher in fp32 (bf16 is five times slower on a CPU) and tokenizer, on the device that "auto" stands for."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(pick_device(device))
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    return load_teacher(path, "float32").to(pick_device(device)).eval(), AutoTokenizer.from_pretrained(path)
 
 
 def pick_device(device: str) -> str:
@@ -118,7 +117,7 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
         `{"learning_rate", "history": [{"tokens" (read, without padding), "step", "exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity",
         "erank" (full ones), "seconds" (of training)}], "final": {…}, "answers", "data_digest", "train_seconds", "evaluate_seconds"}`.
     """
-    teacher, tokenizer = load_teacher(teacher_path, device)
+    teacher, tokenizer = teacher_and_tokenizer(teacher_path, device)
     watcher = _Watcher(run, Suite(tokenizer, run, split), set(evaluate_at), on_evaluation or (lambda entry: None))
     scratch = tempfile.mkdtemp(prefix="red-run-")  # TrainingArguments wants a folder; nothing is saved there
     try:
@@ -157,7 +156,8 @@ def training_text(run: StudentRun, tokenizer) -> list[dict]:
 
 
 def _config(run: StudentRun, teacher, folder: str, device: str):
-    """The recipe of FINDINGS: CE 1 + KL(T=1) 1 + .2 taps, AdamW(.9, .98), clip 1, a short warm-up, cosine."""
+    """The recipe of every run, unless its options say otherwise: cross entropy + KL to the teacher (T = 1) + .2 × the taps, each divided by the
+    teacher's mean square there; AdamW(.9, .98) without weight decay, gradients clipped to norm 1, a short warm-up, then a cosine to 0."""
     settings = dict(
         output_dir=folder, hidden_size=run.hidden_size or teacher.config.hidden_size // 2, start=run.start,
         learning_rate=run.learning_rate, max_steps=run.steps, per_device_train_batch_size=run.rows, max_length=run.length,
@@ -214,7 +214,3 @@ class _Reading:
             ids = args[0] if args else kwargs["input"]
             self.tokens += int((ids != self.pad_id).sum())
             self.digest = zlib.crc32(ids.cpu().numpy().tobytes(), self.digest)
-
-
-def settings_of(run: StudentRun) -> dict:
-    return dataclasses.asdict(run)

@@ -16,6 +16,7 @@ from red.demo.record import write_json
 from red.errors import REDError
 
 MARKER = ".red-demo.json"
+IGNORED = {".DS_Store"}  # the Finder puts it into every folder that it shows
 
 
 class OutputFolder:
@@ -44,7 +45,8 @@ class OutputFolder:
             raise REDError(f"output_dir={self.path} is not empty and was not written by a demo (it holds {_some(present)}). "
                            "Nothing was changed. Name another place, or empty it.")
         if not self.overwrite:
-            raise REDError(f"output_dir={self.path} holds an earlier demo. Nothing was changed. Say overwrite to replace it, or name another place.")
+            raise REDError(f"output_dir={self.path} holds an earlier demo. Nothing was changed. Replace it with --overwrite (overwrite=True), "
+                           "or name another place.")
         foreign = present - {MARKER} - set(json.loads((self.path / MARKER).read_text())["files"])
         if foreign:
             raise REDError(f"output_dir={self.path} holds an earlier demo, which would be replaced, and files that the demo did not write: "
@@ -76,7 +78,7 @@ def _files(folder: Path) -> set[str]:
     """Every file and link below, and every empty folder, relative."""
     found = set()
     for place, folders, files in os.walk(folder):
-        inside = Path(place).relative_to(folder)
+        inside, files = Path(place).relative_to(folder), set(files) - IGNORED
         found |= {(inside / name).as_posix() for name in files}
         found |= {(inside / name).as_posix() for name in folders if (Path(place) / name).is_symlink()}
         if not folders and not files and inside != Path("."):

@@ -21,6 +21,6 @@ def load() -> dict:
 def rate(known: dict, start: str) -> float:
     """The swept learning rate of a start."""
     if start not in known["rates"]:
-        raise REDError(f"start={start!r} has no swept learning rate; known are {', '.join(known['rates'])}. "
-                       "Run `python benchmarks/starts.py --stage sweep`, or choose one of these.")
+        raise REDError(f"start={start!r} has no swept learning rate; known are {', '.join(known['rates'])}. Give it one with "
+                       f"--learning_rate {start}=2e-3, or sweep with `python benchmarks/starts.py --stage sweep`.")
     return known["rates"][start]

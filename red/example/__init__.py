@@ -40,6 +40,6 @@ def teacher_path() -> str:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model.safetensors in {folder}: install red with its package data, or train the teacher again with "
-            f"`python -m red.example.train_teacher --out {folder}` (about a quarter of an hour on one thread)"
+            f"`python -m red.example.train_teacher --out {folder}` (about 20 minutes on one thread)"
         )
     return str(folder)

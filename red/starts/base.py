@@ -9,7 +9,6 @@ A start is a function from a StartContext to StartMaps. To add one, write one fi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from red import families
 from red.calibration import Calibration
 from red.errors import REDError
+from red.files import nearest
 
 NEEDS = ("scores", "covariance")
 
@@ -118,8 +118,8 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Start:
     """The start of that name; REDError with the nearest name if there is none."""
     if name not in _registry:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, names())
+        hint = f" Did you mean {near!r}?" if near else ""
         raise REDError(f"start={name!r} is unknown; known are {', '.join(names())}.{hint}")
     return _registry[name]
 

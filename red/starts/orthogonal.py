@@ -20,5 +20,8 @@ def orthogonal(context: StartContext) -> StartMaps:
 
 @register("orthogonal_shared")
 def orthogonal_shared(context: StartContext) -> StartMaps:
-    """One random orthonormal map for all modules: readers invert writers on the kept subspace."""
+    """One random orthonormal map for all modules: readers invert writers on the kept subspace.
+
+    No norm scale: a random subspace keeps the RMS in expectation.
+    """
     return shared(context, random_orthonormal(context))

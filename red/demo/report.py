@@ -9,7 +9,7 @@ from string import Template
 from red.demo import plots, summary
 from red.files import atomic_write_text
 
-TEMPLATE = Path(__file__).with_name("demo") / "report_template.html"
+TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 def write_report(results: dict, path: str | Path, details: dict | None = None) -> None:
@@ -28,14 +28,14 @@ def render(results: dict, details: dict) -> str:
     said = summary.sentences(results, details)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         variables_light=_variables(0), variables_dark=_variables(1),
-        headline=escape(summary.headline(results)), lead=escape(_capital(said[0].partition(": ")[2])),
+        headline=escape(summary.headline(results, details)), lead=escape(_capital(said[0].partition(": ")[2])),
         sentences="\n".join(f"<li>{_sentence(text)}</li>" for text in said[1:]),
         cards=_cards(results), table=_table(results, details), legend=_legend(results),
         by_steps=plots.by_steps(results, details),
         exact_match=plots.over_tokens(results, "exact_match", "held-out problems solved"),
         easy=plots.over_tokens(results, "easy_accuracy", "easy text: next token right"),
         erank=plots.erank_layers(results),
-        problem=_problem(details), facts=_facts(results, details),
+        conditions=escape(" ".join(summary.conditions(details))), problem=_problem(details), facts=_facts(results, details),
     )
 
 
@@ -111,6 +111,8 @@ def _facts(results: dict, details: dict) -> str:
     if "best_other" in details:
         facts["how the other start was chosen"] = details["best_other"]["rule"]
     facts |= {key.replace("_", " "): value for key, value in details.get("settings", {}).items() if value not in ({}, None)}
+    if "note" in details:
+        facts["note"] = details["note"]
     facts |= results["versions"] | {"commit": results["commit"]}
     return "\n".join(f"<tr><th>{escape(str(key))}</th><td>{escape(_plain(value))}</td></tr>" for key, value in facts.items())
 
