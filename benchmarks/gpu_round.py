@@ -1,7 +1,7 @@
 """Everything a borrowed GPU can tell, in one call under 8 minutes: `python benchmarks/gpu_round.py --out DIR`.
 
-    ops       tests/kernels with that machine's versions (their tensors are on the CPU until there are kernels to test)
-    trainer   the trainer's tests, likewise
+    gpu       tests/test_gpu.py: ops, calibration, one step and whole runs on the GPU against the CPU
+    versions  tests/kernels and the trainer's tests with that machine's versions of torch and transformers, on its CPU
     timings   benchmarks/test_ops.py at GPU shapes, as JSON
     demo      the embedded example on the GPU
 
@@ -28,8 +28,8 @@ def parts(out: Path) -> dict[str, tuple[int, list[str]]]:
     """Name -> (limit in seconds, command)."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return {
-        "ops": (120, [*pytest, "tests/kernels"]),
-        "trainer": (120, [*pytest, "tests/test_trainer.py", "tests/test_projections.py"]),
+        "gpu": (120, [*pytest, "tests/test_gpu.py"]),
+        "versions": (120, [*pytest, "tests/kernels", "tests/test_trainer.py", "tests/test_projections.py"]),
         "timings": (90, [*pytest, "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'timings.json'}"]),
         "demo": (150, [sys.executable, "-m", "red.cli", "demo", "--output_dir", str(out / "demo"), "--steps", "150"]),
     }
