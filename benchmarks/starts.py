@@ -241,7 +241,8 @@ def notes(found: dict) -> list[str]:
         "the range of the seeds; `> x` where a seed did not get there in x tokens.",
         f"Tokens are real ones, without padding. The students were measured every {settings['measured_every']} steps, {min(spaces) / 1000:.0f}k to "
         f"{max(spaces) / 1000:.0f}k tokens apart: a smaller difference does not show, and equal seeds do not mean no spread.",
-        f"Tokens to 90 % is the first measurement there, on a curve that is noisy ({kinds} × {settings['problems']} problems each).",
+        f"Tokens to 90 % is the first measurement there, on a curve that is noisy: {kinds} × {settings['problems']} problems a measurement, {kinds} × "
+        f"{settings['final_problems']} at 30 % of the steps and at the end.",
         f"A row of which a seed misses in {settings['steps']} steps was swept and run again with a longer schedule of its own, and its tokens are those of "
         f"the longer run. That sweep tries the row's best two rates, or all where none had reached {100 * NOTHING:g} %.",
         "† The best rate lies at the edge of the grid " + ", ".join(f"{rate:g}" for rate in found["grid"]) + ": a better one may lie outside."

@@ -99,7 +99,7 @@ def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise REDError(f"There is no tokenizer beside the teacher {str(teacher)!r}: {error}. Pass tokenizer=...") from error
+        raise REDError(f"There is no tokenizer beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
 
 
 def _named_dataset(config: REDConfig):

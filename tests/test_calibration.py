@@ -150,14 +150,14 @@ def test_memory_does_not_grow_with_the_text(tiny_teacher):
         return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.numel() >= rows * length * WIDTH)
 
     def stream():
-        for seed in range(3):
+        for _ in range(2):
             held.append(big())
             yield {"input_ids": torch.randint(3, 64, (rows, length))}
 
     before = big()
     result = calibrate(teacher, stream(), covariance=True)
-    assert held == [before] * 3 and big() == before
-    assert result.tokens == 3 * rows * length
+    assert held == [before] * 2 and big() == before
+    assert result.tokens == 2 * rows * length
 
 
 @pytest.mark.parametrize("covariance", [False, True])

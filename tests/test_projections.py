@@ -121,8 +121,8 @@ def test_divergences_and_temperature(tiny_teacher, tmp_path, settings):
         close(trainer.projections[name].master.grad, gradient, name)
 
 
-@pytest.mark.parametrize("mode", sorted(MODES))
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize(("variant", "mode"), [("llama", "plain"), *((variant, mode) for variant in sorted(VARIANTS) for mode in ("gather", "lrc")),
+                                               ("llama-biases", "projected"), ("qwen2-tied", "projected")])
 def test_ten_adamw_steps(tiny_teacher, tmp_path, variant, mode):
     """Trainer.train with clipping, weight decay and 2 micro-batches a step, against AdamW on the leaves of the products."""
     teacher = teacher_of(tiny_teacher, variant)

@@ -109,11 +109,11 @@ def test_words_follow_the_numbers(results, details):
     level = copy.deepcopy(results)
     level["starts"]["random"] = copy.deepcopy(level["starts"]["activation"])
     said = " ".join(summary.sentences(level, details))
-    assert "no difference beyond the 3.9 points" in said and "ahead" not in said and "the collapse" not in said
-    assert summary.headline(level, details) == "No difference beyond 3.9 points between the reasoning of RED and LRC in this run"
+    assert "no difference beyond the 4.0 points" in said and "ahead" not in said and "the collapse" not in said
+    assert summary.headline(level, details) == "No difference beyond 4.0 points between the reasoning of RED and LRC in this run"
 
     level["starts"]["random"]["final"]["easy_accuracy"] = 0.2
-    assert "RED is 21 points better there too" in " ".join(summary.sentences(level, details))
+    assert "RED is 21 points better there" in " ".join(summary.sentences(level, details))
 
 
 def test_a_difference_needs_more_than_the_error_of_its_problems(results, details):

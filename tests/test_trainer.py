@@ -100,7 +100,7 @@ def test_logged_parts_add_up_to_the_loss(tiny_teacher, tmp_path, settings):
 
 
 def test_training_lowers_every_part(tiny_teacher, tmp_path):
-    trainer = trained(tiny_teacher(), tmp_path, tokenised(6), max_steps=60, per_device_train_batch_size=8, logging_steps=10, ce_weight=0.0)
+    trainer = trained(tiny_teacher(), tmp_path, tokenised(6), max_steps=30, per_device_train_batch_size=8, logging_steps=6, ce_weight=0.0)
     for key in ("loss", "kl", "tap_mse"):  # no CE: the data are noise, which the teacher does not predict
         values = logged(trainer, key)
         assert values[-1] < 0.7 * values[0], key

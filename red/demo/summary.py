@@ -156,7 +156,7 @@ def _easy(results: dict, red: dict, lrc: dict) -> str:
     if abs(ours - theirs) <= EASY:
         return text + f": RED and LRC are within {points(abs(ours - theirs))} of each other."
     better = "RED" if ours > theirs else "LRC"
-    return text + f": {better} is {points(abs(ours - theirs))} better there too."
+    return text + f": {better} is {points(abs(ours - theirs))} better there."
 
 
 def _erank(results: dict, red: dict, lrc: dict) -> str:
