@@ -177,7 +177,7 @@ def test_round_trip(tiny_teacher, tmp_path, covariance):
 def test_another_model_or_tokenizer_is_refused(tiny_teacher):
     teacher = tiny_teacher()
     calibration = calibrate(teacher, [random_batch()], tokenizer_hash="a" * 20)
-    with pytest.raises(REDError, match=f"another tokenizer.*aaaaaaaaaaaa.*bbbbbbbbbbbb.*Calibrate"):
+    with pytest.raises(REDError, match="another tokenizer.*aaaaaaaaaaaa.*bbbbbbbbbbbb.*Calibrate"):
         calibration.check(teacher, "b" * 20)
     other = tiny_teacher(seed=1)
     with pytest.raises(REDError, match=f"another model.*{model_hash(teacher)[:12]}.*{model_hash(other)[:12]}.*Calibrate"):

@@ -1,4 +1,4 @@
-"""The starts: complete maps, exactness at full width, what each promises, seeds, the norm scale, and the registry."""
+"""The starts: complete maps, exactness at full width, what each promises, seeds, and the norm scale. (The registry: test_start_registry.py.)"""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from reference_lrc import documents, normalised, random_batch, streams, use_exac
 
 from red import starts
 from red.calibration import calibrate_batches as calibrate
-from red.errors import REDError
 from red.projections import Projections
-from red.starts import base
-from red.starts.base import StartContext, selection
+from red.starts.base import StartContext
 from red.student import build_student
 
 WIDTH, NARROW = 32, 16
@@ -252,55 +250,3 @@ def test_norm_scale_of_a_shared_map_equals_brute_force(tiny_teacher):
     for name, value in start.maps.items():
         if value.dim() == 1:
             torch.testing.assert_close(value, scale * torch.ones(NARROW, dtype=torch.float64), rtol=1e-9, atol=0, msg=name)
-
-
-def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(REDError, match="start='activaton' is unknown.*random_selection.*Did you mean 'activation'"):
-        starts.get("activaton")
-
-
-def test_missing_or_foreign_calibration_is_refused(tiny_teacher):
-    teacher = tiny_teacher()
-    with pytest.raises(REDError, match="'activation' needs a calibration"):
-        starts.get("activation")(StartContext(teacher, NARROW))
-    with pytest.raises(REDError, match="'pca' needs a calibration with covariance.*covariance=True"):
-        starts.get("pca")(StartContext(teacher, NARROW, calibrate(teacher, batches())))
-    wide = tiny_teacher(hidden_size=48)
-    with pytest.raises(REDError, match="has 48 channels, the teacher 32"):
-        starts.get("activation")(StartContext(teacher, NARROW, calibrate(wide, batches())))
-
-
-def test_a_new_start_is_one_file(tiny_teacher, tmp_path, monkeypatch):
-    """A module that lies in the folder is found by reading the folder again; nothing else has to change."""
-    monkeypatch.setattr(base, "_registry", {})
-    (tmp_path / "weakest.py").write_text(
-        "from red.starts.base import register, selection\n\n"
-        "@register('weakest', needs=('scores',))\ndef weakest(context):\n"
-        "    return selection(context, (-context.calibration.scores).topk(context.hidden_size).indices)\n")
-    package = importlib.import_module("red.starts")
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    spec = importlib.util.spec_from_file_location("_starts_again", package.__file__)
-    fresh = importlib.util.module_from_spec(spec)
-    fresh.__path__ = [str(tmp_path)]
-    monkeypatch.setitem(importlib.sys.modules, "_starts_again", fresh)
-    spec.loader.exec_module(fresh)
-    monkeypatch.delitem(importlib.sys.modules, "_starts_again.weakest")
-    assert base.names() == ("weakest",)
-    _, projections = student_of(strong_channels(tiny_teacher(), torch.arange(NARROW)), "weakest")
-    assert torch.equal(projections.channels, torch.arange(NARROW, WIDTH))
-
-
-def test_registering_wrongly_is_refused():
-    with pytest.raises(ValueError, match="registered twice"):
-        base.register("activation")(lambda context: None)
-    with pytest.raises(ValueError, match="needs=\\('spectrum',\\)"):
-        base.register("other", needs=("spectrum",))
-    assert "other" not in starts.names()
-
-
-def test_an_incomplete_start_is_refused(tiny_teacher):
-    teacher = tiny_teacher()
-    start = selection(StartContext(teacher, NARROW), torch.arange(NARROW))
-    del start.maps["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(REDError, match="no map for .*model.layers.1.mlp.up_proj.weight"):
-        Projections(teacher, build_student(teacher, NARROW), start)

@@ -65,6 +65,14 @@ def test_student_is_fp32_for_a_bf16_teacher(tiny_teacher, tmp_path):
     assert all(torch.isfinite(value).all() for value in trainer.student.parameters())
 
 
+def test_a_bias_that_writes_to_the_stream_is_no_frozen_part(tiny_teacher):
+    """Even at full width, where its shape is the teacher's; the biases of readers are frozen at any width."""
+    for width in (NARROW, 32):
+        student = build_student(tiny_teacher(attention_bias=True, mlp_bias=True), width)
+        trainable = {name.split(".")[-2] for name, value in student.named_parameters() if name.endswith("bias") and value.requires_grad}
+        assert trainable == {"o_proj", "down_proj"}
+
+
 def test_the_padding_token_learns(tiny_teacher):
     """Where pad is eos, as in many tokenizers, a zero gradient of its embedding would keep eos from being learnt."""
     student = build_student(tiny_teacher(pad_token_id=2), NARROW)

@@ -138,6 +138,19 @@ def test_a_teacher_does_not_keep_its_students_alive(tiny_teacher, tmp_path):
     assert student() is None and not any(module._forward_hooks for module in teacher.modules())
 
 
+@pytest.mark.parametrize("silent", [0.0, 1e-7])
+def test_a_silent_tap_does_not_outweigh_the_others(tiny_teacher, tmp_path, silent):
+    """One whose teacher says (next to) nothing is divided by a floor, a millionth of the mean over all taps, not by its own square."""
+    teacher = tiny_teacher()
+    with torch.no_grad():
+        teacher.model.layers[0].self_attn.k_proj.weight.mul_(silent)
+    trainer = make_trainer(teacher, tmp_path)
+    square = trainer.taps.mean_square
+    others = torch.ones(2, 7, dtype=torch.bool)
+    others[0, 1] = False
+    assert float(square[0, 1]) == pytest.approx(1e-6 * float(square[others].sum()) / 14, rel=1e-3) and square[others].min() > 1e-3
+
+
 def test_unusable_targets_are_refused(tiny_teacher):
     teacher = tiny_teacher()
     student, projections = pair(teacher)
