@@ -99,6 +99,9 @@ def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, m
     total = sum(len(example["input_ids"]) for example in examples)
     if total == 0:
         raise REDError(f"The data set is empty: {len(examples)} examples, 0 tokens. Give text, or check the file and the name of its column.")
+    if all(len(example["input_ids"]) < 2 for example in examples):
+        raise REDError(f"None of the {len(examples)} examples has two tokens, so there is nothing to predict. Look at what the tokenizer makes of the text: "
+                       "a tokenizer of another class than the one that was saved can read everything as nothing.")
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = None if pad == getattr(tokenizer, "eos_token_id", None) else pad
     for index, example in enumerate(examples):

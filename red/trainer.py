@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -82,10 +83,20 @@ class REDTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
                            "Use one GPU, or data parallel (torchrun).")
+        self._agree()
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self._counts: losses.Counts | None = None
         self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
+
+    def _agree(self) -> None:
+        """Every rank goes on from rank 0's start: one of its own could differ in a bit, or in a channel, and drift from there."""
+        if self.args.world_size == 1:
+            return
+        start = {name: tensor.to(self.args.device) for name, tensor in self.projections.state_dict().items()}
+        self.projections.load_state_dict(broadcast(start))
+        if self.taps and self.taps.mean_square is not None:
+            self.taps.mean_square = broadcast(self.taps.mean_square.to(self.args.device)).cpu()
 
     @property
     def student(self) -> PreTrainedModel:
