@@ -59,6 +59,8 @@ class REDConfig(TrainingArguments):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0
         if self.kl_reduction is None:
@@ -70,7 +72,10 @@ class REDConfig(TrainingArguments):
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name; older transformers lack one
+                if hasattr(self, name):
+                    setattr(self, name, kwargs)
         self._check()
 
     def _check(self) -> None:
