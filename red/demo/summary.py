@@ -88,7 +88,7 @@ def sentences(results: dict, details: dict) -> list[str]:
         found += [_easy(results, red, lrc), _erank(results, red, lrc)]
     if red:
         found += [_other(start, outcome, red, details) for start, outcome in starts.items() if start not in NAMES]
-    found += [text for text in [_catching_up(results, details)] if text]
+    found += [text for text in [_catching_up(details)] if text]
     return found
 
 
@@ -185,14 +185,16 @@ def _other(start: str, outcome: dict, red: dict, details: dict) -> str:
     return text + "."
 
 
-def _catching_up(results: dict, details: dict) -> str:
+def _catching_up(details: dict) -> str:
+    """Every row of the study, fewest tokens first, whether or not it is in this run."""
     known = details.get("tokens_to_90", {})
-    said = [f"{label(start)} {_studied(details, start)}" for start in results["starts"] if start in known]
-    if not said:
+    if not known:
         return ""
+    rows = sorted(known, key=lambda row: known[row]["mean"] or known[row]["budget"] * 2 - sum(tokens is not None for tokens in known[row]["per_seed"]))
+    said = [f"{label(row)} {_studied(details, row)}" for row in rows]
     spacing = f" (measured every {_thousands(entry['spacing'])})" if (entry := next(iter(known.values()))).get("spacing") else ""
     return (f"Tokens to 90 % of the teacher's exact match{spacing}, from the full study over {_seeds(known)} seeds, not from this run: "
-            f"{', '.join(said)}.")
+            f"{'; '.join(said)}.")
 
 
 def _seeds(known: dict) -> int:
