@@ -38,7 +38,7 @@ NOTHING = 0.1  # exact match: a row below it at every rate has not shown which r
 ROWS = {
     **{name: (name, {}) for name in starts.names()},
     "activation, no norm scale": ("activation", {"norm_scale": False}),
-    "activation, plain taps": ("activation", {"tap_normalize": False}),  # squared errors as they are, as LRC and RED publish them
+    "activation, plain taps": ("activation", {"tap_normalize": False}),  # squared errors as they are, as in LRC's public code and as we read RED
     "random, public LRC objective": ("random", {"lrc_faithful": True}),  # T = 40 and its reductions (arXiv 2505.12781, public code)
 }
 RULE = (f"highest exact match at the end on the validation split (seed {SWEEP_SEED}); of the rates within {TIED} of it the one with the "
