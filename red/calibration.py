@@ -79,7 +79,7 @@ class Calibration:
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes, dtypes and a spread sample of 64 values of every parameter: cheap, and any training moves it."""
+    """SHA-256 over names, shapes and a spread sample of 64 values of every parameter: cheap, and any training moves it."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

@@ -33,8 +33,8 @@ def load_teacher(name_or_path: str | Path, dtype: str = "auto", device: torch.de
     if dtype == "auto":
         on_gpu = torch.cuda.is_available() if device is None else device.type != "cpu"
         dtype = "bfloat16" if on_gpu else "float32"
-    if not hasattr(torch, dtype):
-        raise REDError(f"teacher_dtype={dtype!r} is no dtype; use auto, float32 or bfloat16.")
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise REDError(f"teacher_dtype={dtype!r} is no dtype for a teacher; use auto, float32 or bfloat16.")
     looks_like_path = Path(name_or_path).is_absolute() or str(name_or_path).startswith(".")
     if looks_like_path and not Path(name_or_path).is_dir():
         raise REDError(f"The teacher folder {name_or_path} does not exist. Give a folder with config.json and safetensors, or a name on the hub.")

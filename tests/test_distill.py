@@ -140,6 +140,7 @@ BAD = {
     "packed rows of another vocabulary": (lambda teacher, tmp: dict(train_data=pack([{"input_ids": [5, 70] * 10}], 16, pad_token_id=0)), "packed rows have the id 70"),
     "FSDP": (lambda teacher, tmp: dict(fsdp="full_shard"), "fsdp=.*owns the optimiser"),
     "unknown reduction": (lambda teacher, tmp: dict(kl_reduction="mean"), "kl_reduction='mean': use token or sequence"),
+    "no dtype": (lambda teacher, tmp: dict(teacher=saved(teacher(), tmp), tokenizer=None, teacher_dtype="nn"), "teacher_dtype='nn' is no dtype"),
     "no tokenizer": (lambda teacher, tmp: dict(tokenizer=None), "module needs its tokenizer"),
     "no data": (lambda teacher, tmp: dict(train_data=None), "needs a teacher and training data"),
     "config and settings": (lambda teacher, tmp: dict(config=REDConfig(**quick(tmp / "run"))), "config or settings, not both.*'hidden_size'"),
