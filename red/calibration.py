@@ -4,10 +4,10 @@ The channel score is RED's (arXiv 2605.29327): per sequence and point the mean o
 mean over points. The papers do not say where the activation is read, so `tap` offers both: "residual" is the stream after the embedding
 and after each layer (L + 1 points), "norm" the outputs of the norms (2 L + 1 points).
 
-The mean square of each tapped module's output says how large an error there is. Two more statistics serve the norm gains and the starts
-that rotate or predict; both are of `z = x / rms(x)`, the stream as a norm
-without gain returns it, at the 2 L + 1 points where it is read: the mean square per channel and point, O(L d), and on demand the
-second moment `C = E[zᵀz]` pooled over points, O(d²).
+The mean square of each tapped module's output says how large an error there is. The other statistics serve the norm gains and the starts
+that rotate or predict; they are of `z = x / rms(x)`, the stream as a norm without gain returns it, at the 2 L + 1 points where it is read:
+mean and mean square per channel and point, O(L d), and on demand the second moment `C = E[zᵀz]`, pooled over points, O(d²), or of each
+point, O(L d²).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Calibration:
     """Statistics of a teacher's residual stream on a calibration text."""
 
     scores: Tensor  # [d] fp64: RED's importance of each channel
-    mean_square: Tensor  # [2L+1, d] fp64: E[z²] at each norm, in reading order
+    mean: Tensor  # [2L+1, d] fp64: E[z] at each norm, in reading order
+    mean_square: Tensor  # [2L+1, d] fp64: E[z²] likewise
     tap_square: Tensor  # [L, 7] fp64: mean square of each tapped module's output, in the order of families.TAPS
     covariance: Tensor | None  # [d, d] fp64: pooled E[zᵀz], or None if it was not asked for
     tap: str
@@ -46,6 +47,7 @@ class Calibration:
     tokens: int
     model_hash: str
     tokenizer_hash: str = ""
+    point_covariance: Tensor | None = None  # [2L+1, d, d] fp32 (fp64 of a fp64 teacher): E[zᵀz] at each norm, or None likewise
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (scores, moments; the rest as metadata)."""
@@ -66,6 +68,8 @@ class Calibration:
             raise REDError(f"{path} is not a calibration: {error}. Make one with red.calibrate(...).save(path).") from error
         if facts is None:
             raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
+        if "mean" not in tensors:
+            raise REDError(f"{path} is a calibration of an earlier red, without means. Make it again with red.calibrate(...).save(path).")
         return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
 
     def check(self, teacher: PreTrainedModel, tokenizer_hash: str = "") -> None:
@@ -91,8 +95,8 @@ def model_hash(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, tap: str = "residual", covariance: bool = False,
-              tokenizer_hash: str = "") -> Calibration:
+def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, tap: str = "residual",
+                      covariance: bool = False, point_covariance: bool = False, tokenizer_hash: str = "") -> Calibration:
     """Stream `batches` through the teacher once and return its channel statistics; `red.calibrate` takes text instead.
 
     Args:
@@ -100,7 +104,8 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
         batches: dicts of `input_ids [B, T]`, and optionally `position_ids [B, T]` (a restart begins a new sequence) and
             `token_mask [B, T]` (False on padding): what `red.data.collate` returns.
         tap: "residual" or "norm", where RED's score reads the activations.
-        covariance: also accumulate the pooled second moment, O(d²) memory; `pca` and `activation_lstsq` need it.
+        covariance: also accumulate the pooled second moment, O(d²) memory; `pca`, `activation_lstsq` and `balanced` need it.
+        point_covariance: also that of each read point, O(L d²) host memory; `explained` and `fitted` need it.
 
     Raises:
         REDError: unknown tap, no valid token, or a channel whose activation is NaN or infinite (with the point and the channel).
@@ -108,7 +113,7 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
     families.check_family(teacher.config)
     if tap not in TAPS:
         raise REDError(f"tap={tap!r} is unknown; use one of {', '.join(map(repr, TAPS))}.")
-    sums = _Sums(teacher.config, tap, covariance, teacher.device)
+    sums = _Sums(teacher, tap, covariance, point_covariance)
     was_training = teacher.training
     teacher.eval()
     try:
@@ -126,14 +131,17 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
 class _Sums:
     """The running sums, filled by hooks while the teacher runs."""
 
-    def __init__(self, config, tap: str, covariance: bool, device: torch.device):
+    def __init__(self, teacher: PreTrainedModel, tap: str, covariance: bool, point_covariance: bool):
+        config = teacher.config
         self.norms, self.tap = families.norm_paths(config), tap
         d, points = config.hidden_size, config.num_hidden_layers + 1 if tap == "residual" else len(self.norms)
         self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
-        self.square = torch.zeros(len(self.norms), d, dtype=torch.float64)
+        self.sum, self.square = torch.zeros(2, len(self.norms), d, dtype=torch.float64).unbind()
         self.taps = families.taps(config)
         self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), dtype=torch.float64)
-        self.covariance = torch.zeros(d, d, dtype=torch.float64, device=device) if covariance else None
+        self.covariance = torch.zeros(d, d, dtype=torch.float64, device=teacher.device) if covariance else None
+        dtype = torch.promote_types(teacher.dtype, torch.float32)
+        self.point_covariance = torch.zeros(len(self.norms), d, d, dtype=dtype) if point_covariance else None
         self.sequences = self.tokens = 0
 
     @contextmanager
@@ -168,9 +176,14 @@ class _Sums:
             x = stream[self.mask]
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             z = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp_min(1e-30))
+            self.sum[point] += z.double().sum(0).cpu()
             self.square[point] += z.double().square().sum(0).cpu()
-            if self.covariance is not None:
-                self.covariance += (z.T @ z).double()
+            if self.covariance is not None or self.point_covariance is not None:
+                product = z.T @ z
+                if self.covariance is not None:
+                    self.covariance += product.double()
+                if self.point_covariance is not None:
+                    self.point_covariance[point] += product.to("cpu", self.point_covariance.dtype)
         return hook
 
     def _tap_hook(self, tap: families.Tap):
@@ -189,8 +202,9 @@ class _Sums:
                 raise REDError(f"The teacher's {what} is NaN or infinite at point {point}, channel {channel} of the residual stream. "
                                "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
         covariance = None if self.covariance is None else self.covariance.cpu() / (self.tokens * len(self.norms))
-        return Calibration(self.squared_means.sqrt().mean(0), self.square / self.tokens, self.tap_square / self.tokens, covariance, tap,
-                           self.sequences, self.tokens, model, tokenizer)
+        points = None if self.point_covariance is None else self.point_covariance.div_(self.tokens)
+        return Calibration(self.squared_means.sqrt().mean(0), self.sum / self.tokens, self.square / self.tokens, self.tap_square / self.tokens,
+                           covariance, tap, self.sequences, self.tokens, model, tokenizer, points)
 
 
 def _segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:

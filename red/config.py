@@ -30,7 +30,10 @@ class REDConfig(TrainingArguments):
     max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
 
-    start: str = field(default="activation", metadata={"help": "How the projections begin: activation (RED), random (LRC), pca, …; see red.starts.names()."})
+    start: str = field(default="activation", metadata={"help": "How the projections begin: activation (RED), fitted, random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
+    start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
+    fit_reader_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the fitted readers, relative to the mean square of the student's normalised stream."})
+    fit_writer_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the repairing writers, relative to the mean square of what they write."})
     start_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start (start=random)."})
     norm_scale: bool = field(default=True, metadata={"help": "Correct the norm gains for the RMS of the kept channels (closed form)."})
     calibration_samples: int = field(default=64, metadata={"help": "Training rows that the channel statistics are taken from."})
@@ -61,6 +64,7 @@ class REDConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
+        self.start = str(self.start)  # a Path of a start file
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0
         if self.kl_reduction is None:
@@ -97,6 +101,9 @@ class REDConfig(TrainingArguments):
         require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")
         require(self.start_std > 0, "start_std", "must be above 0")
+        require(self.start_fit in (None, "none", "readers", "full"), "start_fit", "use none, readers or full")
+        for name in ("fit_reader_ridge", "fit_writer_ridge"):
+            require(getattr(self, name) > 0, name, "must be above 0; 1e-3 is usual")
         require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
                 "the taps need use_reentrant=False")
         require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; it would drop the token mask of the packed rows")

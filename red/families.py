@@ -8,9 +8,10 @@ Everything else (biases of readers, q/k norms, rotary embeddings) lives at width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from red.errors import REDError
 
@@ -42,6 +43,19 @@ def check_family(config: PreTrainedConfig) -> None:
     if config.model_type not in SUPPORTED:
         raise REDError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}. "
                        "Convert the teacher to one of these, or describe its modules in red/families.py.")
+
+
+def teacher_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The config of a supported teacher on the hub or in a folder; REDError if there is none, or its family is not supported."""
+    looks_like_path = Path(name_or_path).is_absolute() or str(name_or_path).startswith(".")
+    if looks_like_path and not Path(name_or_path).is_dir():
+        raise REDError(f"The teacher folder {name_or_path} does not exist. Give a folder with config.json and safetensors, or a name on the hub.")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise REDError(f"Cannot read the teacher {str(name_or_path)!r}: {error}") from error
+    check_family(config)
+    return config
 
 
 def taps(config: PreTrainedConfig) -> list[Tap]:

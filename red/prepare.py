@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from red import data, families, starts
+from red import data, families
 from red.calibration import Calibration, calibrate_batches
 from red.config import REDConfig
 from red.errors import REDError
 from red.export import check_width
 from red.projections import Projections
+from red.starting import needs_of, start_maps
 from red.student import build_student
 
 CALIBRATION_BATCH = 8
@@ -35,14 +36,7 @@ def load_teacher(name_or_path: str | Path, dtype: str = "auto", device: torch.de
         dtype = "bfloat16" if on_gpu else "float32"
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise REDError(f"teacher_dtype={dtype!r} is no dtype for a teacher; use auto, float32 or bfloat16.")
-    looks_like_path = Path(name_or_path).is_absolute() or str(name_or_path).startswith(".")
-    if looks_like_path and not Path(name_or_path).is_dir():
-        raise REDError(f"The teacher folder {name_or_path} does not exist. Give a folder with config.json and safetensors, or a name on the hub.")
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise REDError(f"Cannot read the teacher {str(name_or_path)!r}: {error}") from error
-    families.check_family(config)
+    families.teacher_config(name_or_path)
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype), trust_remote_code=False)
 
 
@@ -66,7 +60,7 @@ def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
     """Refuse an unsupported family, a width that cannot be, or an unknown start, before anything is computed."""
     families.check_family(teacher.config)
     check_width(teacher.config, config.hidden_size)
-    starts.get(config.start)
+    needs_of(config)  # the start exists
     broken = [name for name, parameter in teacher.named_parameters() if not parameter.isfinite().all()]
     if broken:
         raise REDError(f"The teacher's {broken[0]} has NaN or infinite values{f', and so have {len(broken) - 1} more' if broken[1:] else ''}. "
@@ -74,14 +68,15 @@ def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
 
 
 def calibrate(teacher: PreTrainedModel, source, tokenizer: PreTrainedTokenizerBase | None = None, *, samples: int = 64, max_length: int = 2048,
-              text_column: str = "text", tap: str = "residual", covariance: bool = False) -> Calibration:
+              text_column: str = "text", tap: str = "residual", covariance: bool = False, point_covariance: bool = False) -> Calibration:
     """Channel statistics of a teacher on any text, to save and to start from: `distill(..., calibration=...)`.
 
     Args:
         source: what `red.data.load_examples` reads; the first `samples` packed rows of `max_length` tokens are used.
         tokenizer: the teacher's; may be missing where the examples are tokenised. Its hash is kept and checked when the calibration is used.
         tap: "residual" or "norm", where RED's score reads the activations.
-        covariance: also the second moment that `pca` and `activation_lstsq` need, O(d²).
+        covariance: also the second moment that `pca`, `activation_lstsq` and `balanced` need, O(d²).
+        point_covariance: also that of each read point, which `explained` and `fitted` need, O(L d²).
 
     Raises:
         REDError: bad input, see `red.data.load_examples` and `red.calibration.calibrate_batches`.
@@ -89,7 +84,7 @@ def calibrate(teacher: PreTrainedModel, source, tokenizer: PreTrainedTokenizerBa
     examples = data.load_examples(source, tokenizer, text_column=text_column, max_length=max_length)
     data.check_examples(examples, tokenizer, teacher.config.vocab_size)
     rows = data.pack(examples, max_length, pad_token_id=data.pad_id(tokenizer, teacher.config))
-    return calibrate_batches(teacher, calibration_batches(rows, samples), tap=tap, covariance=covariance,
+    return calibrate_batches(teacher, calibration_batches(rows, samples), tap=tap, covariance=covariance, point_covariance=point_covariance,
                              tokenizer_hash=data.tokenizer_hash(tokenizer) if tokenizer is not None else "")
 
 
@@ -102,19 +97,25 @@ def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequ
         return calibration
     if not rows:
         raise REDError("A calibration needs text. Pass train_dataset, or a calibration.")
-    return calibrate_batches(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap,
-                             covariance="covariance" in starts.get(config.start).needs, tokenizer_hash=tokenizer_hash)
+    needs = needs_of(config)
+    return calibrate_batches(teacher, calibration_batches(rows, config.calibration_samples), tap=config.calibration_tap, covariance="covariance" in needs,
+                             point_covariance="point_covariance" in needs, tokenizer_hash=tokenizer_hash)
 
 
-def start_projections(teacher: PreTrainedModel, config: REDConfig, calibration: Calibration | None = None) -> Projections:
+def start_projections(teacher: PreTrainedModel, config: REDConfig, calibration: Calibration | None = None,
+                      batches: Iterable[dict[str, torch.Tensor]] | None = None, folder: str | Path | None = None) -> Projections:
     """Build the student and start its projections.
 
+    Args:
+        calibration: what the start needs of it; see `red.starts`.
+        batches: the calibration text, which a fit runs through the student (`calibration_batches`); only read where something is fitted.
+        folder: where a fit keeps what it has done, so that an interrupted one goes on; None keeps nothing.
+
     Raises:
-        REDError: unsupported family, wrong width, unknown start, or a calibration that the start needs and that is not there.
+        REDError: unsupported family, wrong width, unknown start, or a calibration or text that the start needs and that is not there.
     """
     check_request(teacher, config)
-    start = starts.get(config.start)
-    context = starts.StartContext(teacher, config.hidden_size, calibration, config.seed, config.start_std, config.norm_scale)
+    maps = start_maps(teacher, config, calibration, batches, folder)
     # fp32 parameters whatever the teacher's dtype: gradients then accumulate in fp32, and autocast computes in bf16
     dtype = torch.promote_types(teacher.dtype, torch.float32)
-    return Projections(teacher, build_student(teacher, config.hidden_size, dtype=dtype), start(context))
+    return Projections(teacher, build_student(teacher, config.hidden_size, dtype=dtype), maps)

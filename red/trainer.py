@@ -30,7 +30,7 @@ from red.data import collate, for_attention
 from red.errors import REDError
 from red.export import export
 from red.files import atomic_write_safetensors
-from red.prepare import check_request, pack_rows, ready_calibration, start_projections
+from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.projections import Projections
 from red.taps import Taps
 from red_kernels import linear_kd
@@ -71,7 +71,9 @@ class REDTrainer(Trainer):
         rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
         if calibration is not None or rows[0] is not None:
             calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
-        self.projections = projections or start_projections(self.teacher, args, calibration)
+        batches = None if rows[0] is None else calibration_batches(rows[0], args.calibration_samples)
+        folder = args.output_dir if args.process_index == 0 else None
+        self.projections = projections or start_projections(self.teacher, args, calibration, batches, folder)
         mean_square = calibration.tap_square if args.tap_normalize and calibration else None
         if mean_square is not None:  # a tap whose teacher says next to nothing must not outweigh all others
             mean_square = mean_square.clamp(min=TAP_FLOOR * mean_square.mean().item() or 1.0)

@@ -9,7 +9,7 @@ A start is a function from a StartContext to StartMaps. To add one, write one fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,9 @@ from red import families
 from red.calibration import Calibration
 from red.errors import REDError
 from red.files import nearest
+from red.fitting.tied import tied_gain
 
-NEEDS = ("scores", "covariance")
+NEEDS = ("scores", "covariance", "point_covariance", "batches")
 
 
 @dataclass
@@ -46,6 +47,8 @@ class StartContext:
     seed: int = 0
     std: float = 0.02  # of the Gaussian start
     norm_scale: bool = True  # correct the gains for the RMS of the kept channels
+    batches: Iterable[dict[str, Tensor]] | None = None  # the calibration text, for what is fitted after the start
+    on_step: Callable[[float], None] | None = None  # called along a start that iterates, with the value that it climbs
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self):
@@ -82,13 +85,17 @@ class Start:
     name: str
     build: Callable[[StartContext], StartMaps]
     needs: tuple[str, ...] = ()
+    fit: str = "none"  # what is fitted after it unless start_fit says otherwise: none, readers or full
 
     def __call__(self, context: StartContext) -> StartMaps:
         calibration = context.calibration
         if self.needs and calibration is None:
             raise REDError(f"start={self.name!r} needs a calibration. Pass calibration=red.calibrate(...).")
-        if "covariance" in self.needs and calibration.covariance is None:
-            raise REDError(f"start={self.name!r} needs a calibration with covariance. Calibrate with covariance=True.")
+        for name in ("covariance", "point_covariance"):
+            if name in self.needs and getattr(calibration, name) is None:
+                raise REDError(f"start={self.name!r} needs a calibration with {name}. Calibrate with {name}=True.")
+        if "batches" in self.needs and context.batches is None:
+            raise REDError(f"start={self.name!r} fits to the calibration text itself. Pass it: batches=... (red.distill and red.compress do).")
         if calibration is not None and calibration.scores.numel() != context.width:
             raise REDError(f"The calibration has {calibration.scores.numel()} channels, the teacher {context.width}. Calibrate this teacher.")
         return self.build(context)
@@ -97,15 +104,15 @@ class Start:
 _registry: dict[str, Start] = {}
 
 
-def register(name: str, needs: tuple[str, ...] = ()) -> Callable:
-    """Decorator: make a function a start under `name`; `needs` is a subset of ("scores", "covariance")."""
+def register(name: str, needs: tuple[str, ...] = (), fit: str = "none") -> Callable:
+    """Decorator: make a function a start under `name`; `needs` is a subset of NEEDS, `fit` what is fitted after it by default."""
     if not set(needs) <= set(NEEDS):
         raise ValueError(f"needs={needs} of start {name!r}: known are {NEEDS}")
 
     def add(build: Callable[[StartContext], StartMaps]) -> Callable[[StartContext], StartMaps]:
         if name in _registry:
             raise ValueError(f"start {name!r} is registered twice")
-        _registry[name] = Start(name, build, needs)
+        _registry[name] = Start(name, build, needs, fit)
         return build
     return add
 
@@ -158,25 +165,43 @@ def selection_scales(context: StartContext, channels: Tensor) -> Tensor:
     return context.calibration.mean_square[:, channels].mean(1).sqrt()
 
 
-def shared(context: StartContext, down: Tensor) -> StartMaps:
-    """One orthonormal map `down [d, d']` for all modules: writers `downᵀ`, readers `diag(g) down`, embedding `down`.
+def shared(context: StartContext, down: Tensor, estimate: Tensor | None = None) -> StartMaps:
+    """One map `down [d, d']` for all modules: embedding `down`, writers `downᵀ`, readers `diag(g) estimateᵀ`.
+
+    Args:
+        down: `Q`; orthonormal columns where there is no estimate.
+        estimate: `O [d', d]`, the stream from the student's, with `|x Q| = |x Q O|` (red.fitting.shared_map.gauge). None: `Qᵀ`.
 
     The teacher's gains are folded into the readers, because a gain per channel does not commute with a rotation. A tied head cannot
-    fold: its gain is the diagonal of `downᵀ diag(g) down`, the nearest diagonal gain in the Frobenius norm.
-    The scale is `sqrt(tr(downᵀ C down) / d')`, the closed form of `selection_scales` in the rotated basis, pooled over the norms.
+    fold: without an estimate its gain is the diagonal of `downᵀ diag(g) down`, the nearest diagonal gain in the Frobenius norm, with one
+    that which comes nearest to the logits. The scale of the others is `sqrt(tr(downᵀ C down) / d')` (`selection_scales` in the rotated
+    basis, pooled over the norms), or `sqrt(d / d')` where the estimate is as long as the stream.
     """
-    scale = 1.0
-    if context.norm_scale and context.calibration is not None and context.calibration.covariance is not None:
-        scale = float(((down.T @ context.calibration.covariance) * down.T).sum() / down.shape[1]) ** 0.5
+    scale, covariance = 1.0, context.calibration.covariance if context.calibration is not None else None
+    if context.norm_scale and estimate is not None:
+        scale = (down.shape[0] / down.shape[1]) ** 0.5
+    elif context.norm_scale and covariance is not None:
+        scale = float(((down.T @ covariance) * down.T).sum() / down.shape[1]) ** 0.5
+    up = down if estimate is None else estimate.T
     maps = {context.embedding: down, **{name: down.T for name in context.writers()}}
     for name, norm in context.readers():
-        maps[name] = context.gain(norm)[:, None] * down
+        maps[name] = context.gain(norm)[:, None] * up
     for norm in context.norms:
-        gain = torch.ones(down.shape[1], dtype=torch.float64)
+        maps[f"{norm}.weight"] = torch.full((down.shape[1],), scale, dtype=torch.float64)
         if norm == "model.norm" and families.is_tied(context.teacher):
-            gain = (down.square() * context.gain(norm)[:, None]).sum(0)
-        maps[f"{norm}.weight"] = scale * gain
+            wanted = context.gain(norm)[:, None] * up
+            if estimate is None:
+                maps[f"{norm}.weight"] = scale * (down * wanted).sum(0)
+            else:
+                second = down.T @ _second_moment(context) @ down
+                maps[f"{norm}.weight"] = tied_gain(context.teacher.get_output_embeddings().weight, down, scale * wanted, second / second.diagonal().mean())
     return StartMaps(maps)
+
+
+def _second_moment(context: StartContext) -> Tensor:
+    """`C` of the stream that the head reads, or pooled over all points where that is what there is."""
+    calibration = context.calibration
+    return calibration.covariance if calibration.point_covariance is None else calibration.point_covariance[-1].double()
 
 
 def random_orthonormal(context: StartContext) -> Tensor:

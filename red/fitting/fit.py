@@ -1,0 +1,172 @@
+"""Readers and writers fitted through the depth, each to the stream that the student itself produces by then.
+
+With `z_i` the teacher's normalised stream at read point i, `y_i` the student's, `γ_i` the norm's gain (row vectors):
+
+    reader   O_i = argmin Σ |y_i O - z_i|²  (ridge)        A = diag(γ_i) O_iᵀ / s,  the student's gain s = √(d/d')          (2)
+    writer   B   = argmin Σ |x_S + u B - x_{i+1} Q|²       u [N, d]: the writer's output at the teacher's width, computed
+             (ridge towards the start's B)                 from the student's own input; x_S: the student's stream before it   (3)
+
+So a reader undoes what the width and the layers before it did to the stream, as far as a linear map can; and a writer does not only write its
+own part, it also repairs the error made so far. Neither raises the error that it is fitted to, on the text it is fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from red import families
+from red.errors import REDError
+from red.fitting.layers import HalfLayer, Streams, half_layers, normalised, run_block, writer_input
+from red.fitting.least_squares import LeastSquares
+from red.fitting.resume import StartFolder
+from red.fitting.tied import tied_gain
+from red.student import build_student
+
+FITS = ("none", "readers", "full")
+READER_RIDGE = 1e-4
+WRITER_RIDGE = 1e-4
+
+Progress = Callable[[int, int, str], None]  # half layers done, of how many, what was measured
+
+
+@torch.no_grad()
+def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterable[dict[str, Tensor]], *, writers: bool = True,
+             reader_ridge: float = READER_RIDGE, writer_ridge: float = WRITER_RIDGE, kept: StartFolder | None = None,
+             on_progress: Progress | None = None) -> dict[str, Tensor]:
+    """Fit the readers, and the writers too, of a student that starts from `maps`.
+
+    Args:
+        teacher: in eval mode; its weights are only read.
+        maps: a start's maps by the student parameter's name, see `red.starts.StartMaps`; its writing side is where the fit begins. The
+            embedding's map `Q [d, d']` is the target that every writer repairs towards: `x_teacher Q`.
+        batches: calibration text, dicts as `red.data.collate` returns them.
+        writers: False leaves the writing side as it is, so a selection of channels stays one.
+        reader_ridge, writer_ridge: relative to the mean square of what is multiplied.
+        kept: where finished half layers are kept, and not fitted again; None keeps nothing.
+        on_progress: called after each read point.
+
+    Returns:
+        New maps of all readers, writers and gains, fp64 on the CPU; the embedding's map is unchanged.
+
+    Raises:
+        REDError: no token, activations that are not finite, or a singular problem.
+    """
+    fit = _Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
+    kept = kept or StartFolder(None, "")
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        fit.streams.begin(fit.student)
+        halves = half_layers(teacher.config)
+        for half in halves:
+            found = kept.half_layer(half.point)
+            report = "resumed"
+            if found is None:
+                found, report = fit.readers(half)
+                if writers:
+                    found |= fit.writer(half)
+                kept.keep_half_layer(half.point, found)
+            fit.take(found)
+            fit.advance(half)
+            if on_progress is not None:
+                on_progress(half.point + 1, len(halves) + 1, report)
+        found, report = fit.head()
+        fit.take(found)
+        if on_progress is not None:
+            on_progress(len(halves) + 1, len(halves) + 1, report)
+    finally:
+        teacher.train(was_training)
+    return fit.maps
+
+
+class _Fit:
+    """The student under construction and the streams of both models at the current read point."""
+
+    def __init__(self, teacher: PreTrainedModel, maps: dict[str, Tensor], streams: Streams, reader_ridge: float, writer_ridge: float | None):
+        if streams.tokens == 0:
+            raise REDError("The calibration text has no token to fit to. Give at least one sequence of text.")
+        self.teacher, self.streams, self.reader_ridge, self.writer_ridge = teacher, streams, reader_ridge, writer_ridge
+        self.maps = {name: tensor.double().cpu() for name, tensor in maps.items()}
+        self.down = self.maps["model.embed_tokens.weight"]  # Q [d, d']
+        self.width, self.hidden_size = self.down.shape
+        self.scale = (self.width / self.hidden_size) ** 0.5
+        self.weights = dict(teacher.named_parameters())
+        self.student = build_student(teacher, self.hidden_size, dtype=torch.promote_types(teacher.dtype, torch.float32)).eval()
+        self.parameters = dict(self.student.named_parameters())
+        self.eps = teacher.config.rms_norm_eps
+        self.take({name: tensor for name, tensor in self.maps.items()})
+
+    def take(self, found: dict[str, Tensor]) -> None:
+        """Put maps into the student's weights."""
+        self.maps |= found
+        for name, value in found.items():
+            weight, source = self.parameters.get(name), self.weights.get(name)
+            if weight is None:
+                continue  # the head of a tied student is its embedding
+            value = value.to(weight.device)
+            if weight.dim() == 1:
+                weight.copy_(value)
+            elif name.endswith(tuple(f"{path}.weight" for path in families.WRITERS.values())):
+                weight.copy_((value @ source.double()).to(weight))
+                bias = name.removesuffix("weight") + "bias"
+                if bias in self.parameters:
+                    self.parameters[bias].copy_((value @ self.weights[bias].double()).to(weight))
+            else:
+                weight.copy_((source.double() @ value).to(weight))
+
+    def estimate(self, norm: str) -> tuple[Tensor, Tensor, float]:
+        """`O [d', d]` of (2) with the gain folded in: `O diag(γ)`, the second moment of `y` `[d', d']`, and the share of `z` that it explains."""
+        solver = LeastSquares(self.hidden_size, self.width, self.teacher.device)
+        for place, teacher, student in self.streams:
+            mask = self.streams.mask(place)
+            y, z = normalised(student[mask], self.eps), normalised(teacher[mask], self.eps)
+            solver.add(y, z.to(y.dtype))
+        solution = solver.solve(self.reader_ridge)
+        gain = self.teacher.get_submodule(norm).weight.detach().double()
+        share = 1 - solver.residual(solution) / solver.yy
+        return (solution * gain).cpu(), (solver.xx / solver.rows).cpu(), share
+
+    def readers(self, half: HalfLayer) -> tuple[dict[str, Tensor], str]:
+        """Maps of the half layer's readers and its norm, and what was explained."""
+        estimate, _, share = self.estimate(half.norm)
+        found = {f"{path}.weight": estimate.T / self.scale for path in half.readers}
+        found[f"{half.norm}.weight"] = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
+        self.take(found)  # the writer's fit runs the block with these readers
+        return found, f"explained {share:.4f}"
+
+    def writer(self, half: HalfLayer) -> dict[str, Tensor]:
+        """The map of (3)."""
+        name = f"{half.writer}.weight"
+        weight, bias = self.weights[name].detach(), self.weights.get(f"{half.writer}.bias")
+        before = self.maps[name].T.to(self.teacher.device)  # B [d, d']
+        down = self.down.to(self.teacher.device)
+        solver = LeastSquares(self.width, self.hidden_size, self.teacher.device)
+        for place, teacher, student in self.streams:
+            arguments, mask = self.streams.arguments(half, place), self.streams.mask(place)
+            after = teacher + run_block(self.teacher, half, teacher, arguments)
+            inner = writer_input(self.student, half, student, arguments)[mask]
+            written = inner @ weight.to(inner).T  # u [N, d]
+            if bias is not None:
+                written = written + bias.detach().to(written)
+            error = after[mask].double() @ down - student[mask].double() - written.double() @ before
+            solver.add(written, error.to(written))
+        return {name: (before + solver.solve(self.writer_ridge)).T.cpu()}
+
+    def advance(self, half: HalfLayer) -> None:
+        """Both streams behind the half layer."""
+        for place, teacher, student in self.streams:
+            arguments = self.streams.arguments(half, place)
+            self.streams.teacher[place] = (teacher + run_block(self.teacher, half, teacher, arguments)).cpu()
+            self.streams.student[place] = (student + run_block(self.student, half, student, arguments)).cpu()
+
+    def head(self) -> tuple[dict[str, Tensor], str]:
+        """The last norm and the head; a tied head has no map of its own, its norm's gain is fitted instead."""
+        estimate, second, share = self.estimate("model.norm")
+        if families.is_tied(self.teacher):
+            gain = tied_gain(self.teacher.get_output_embeddings().weight, self.down, estimate.T, second)
+            return {"model.norm.weight": gain}, f"explained {share:.4f}, read through the tied embedding"
+        gain = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
+        return {"lm_head.weight": estimate.T / self.scale, "model.norm.weight": gain}, f"explained {share:.4f}"

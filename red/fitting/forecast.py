@@ -1,0 +1,91 @@
+"""What a fit will cost, from the shapes alone: counted operations over a measured rate, and the tensors that are held."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from red import families
+from red.fitting.shared_map import ITERATIONS
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of calibration, shared map and fit together. Bytes are of the largest moment, beside the teacher's own weights."""
+
+    flops: float
+    seconds: float | None  # None where no rate was given
+    host_bytes: int
+    device_bytes: int
+
+    def __str__(self) -> str:
+        minutes = "" if self.seconds is None else f", about {_duration(self.seconds)} at this device's measured rate"
+        return (f"{self.flops / 1e12:.3g} TFLOP{minutes}; {self.host_bytes / GIB:.2g} GiB on the host, "
+                f"{self.device_bytes / GIB:.2g} GiB on the device beside the teacher")
+
+
+def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explained: bool = True, fit: str = "full", teacher_bytes: int = 4,
+             rate: float | None = None) -> Forecast:
+    """The forecast of a start with a fit.
+
+    Args:
+        config: the teacher's.
+        hidden_size: the student's width d'.
+        tokens: of the calibration text, padding included.
+        explained: whether the map is `explained` (per-point covariances, O(L d²) memory) or `balanced` (O(d²)).
+        fit: "none", "readers" or "full".
+        teacher_bytes: bytes of an element of the teacher's weights and stream.
+        rate: floating-point operations a second; `measured_rate` finds it.
+    """
+    n, d, narrow = float(tokens), config.hidden_size, hidden_size
+    points, head_dim = 2 * config.num_hidden_layers + 1, families.head_dim(config)
+    attention = config.num_attention_heads * head_dim
+    key_value = getattr(config, "num_key_value_heads", config.num_attention_heads) * head_dim
+    outputs = config.num_hidden_layers * (attention + 2 * key_value + 2 * config.intermediate_size)  # of all readers
+    inputs = config.num_hidden_layers * (attention + config.intermediate_size)  # of all writers
+
+    def forward(width: int) -> float:
+        return 2 * n * width * (outputs + inputs)
+
+    flops = forward(d) + points * 2 * n * d * d  # calibration
+    if explained:
+        flops += points * (4 * d**3 + 3 * ITERATIONS * 4 * d * d * narrow) + 4 * d * d * outputs
+    student = 4 * narrow * (outputs + inputs + 2 * config.vocab_size)  # bytes, fp32
+    climb = 4 * points * (3 * d * d + 2 * d * narrow) if explained else 8 * 4 * d * d
+    host, device = 4 * points * d * d if explained else 0, max(climb, 8 * 3 * d * d)
+    if fit != "none":
+        flops += forward(d) + 2 * forward(narrow) + points * 2 * n * narrow * (narrow + d)
+        host += tokens * (teacher_bytes * d + 4 * narrow)
+        device = max(device, student + 8 * (narrow * narrow + narrow * d))
+    if fit == "full":
+        flops += forward(d) + 2 * n * d * inputs + (points - 1) * (2 * n * d * (d + 2 * narrow) + d**3)
+        device = max(device, student + 8 * (2 * d * d + 2 * d * narrow))
+    return Forecast(flops, None if rate is None else flops / rate, int(host), int(device))
+
+
+def measured_rate(device: torch.device | str, size: int = 1024) -> float:
+    """Floating-point operations a second of one fp32 matrix product of `size`³, the best of a few within about a tenth of a second."""
+    a = torch.randn(size, size, device=device)
+    best, spent = float("inf"), 0.0
+    while spent < 0.1:
+        _wait(device)
+        began = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+        spent += time.perf_counter() - began
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,77 @@
+"""The start of a run in files: finished half layers while it is being fitted, the whole start afterwards. An interrupted fit goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from red.errors import REDError
+from red.files import atomic_write_safetensors
+
+START_FILE = "start.safetensors"
+HALF_LAYERS = "start-half-layers"
+
+
+class StartFolder:
+    """Where one fit keeps what it has done.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        key: everything that decides the result, in one string: files of another key are not used.
+    """
+
+    def __init__(self, folder: str | Path | None, key: str):
+        self.folder, self.key = None if folder is None else Path(folder), key
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        if self.folder is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                same = (file.metadata() or {}).get("key") == self.key
+            return load_file(path) if same else None
+        except SafetensorError:  # cut short by something else than red: it is fitted again
+            return None
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], **facts: str) -> None:
+        if self.folder is not None:
+            atomic_write_safetensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"key": self.key, **facts})
+
+    def _half_layer(self, point: int) -> Path:
+        return (self.folder or Path()) / HALF_LAYERS / f"{point:03d}.safetensors"
+
+    def half_layer(self, point: int) -> dict[str, Tensor] | None:
+        """The maps of that half layer, or None where it was not finished."""
+        return self._read(self._half_layer(point))
+
+    def keep_half_layer(self, point: int, maps: dict[str, Tensor]) -> None:
+        self._write(self._half_layer(point), maps)
+
+    def whole(self) -> dict[str, Tensor] | None:
+        """All maps (and `channels`), or None where the start was not finished."""
+        return self._read((self.folder or Path()) / START_FILE)
+
+    def keep_whole(self, maps: dict[str, Tensor], teacher_hash: str) -> None:
+        """Keep the finished start; its half layers are needed no more."""
+        self._write((self.folder or Path()) / START_FILE, maps, teacher_hash=teacher_hash)
+        if self.folder is not None:
+            shutil.rmtree(self.folder / HALF_LAYERS, ignore_errors=True)
+
+
+def read_start(path: str | Path, teacher_hash: str) -> dict[str, Tensor]:
+    """The maps of a start file, for the teacher it was made of; REDError if it is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise REDError(f"start={str(path)!r} cannot be read as a start: {error}. Give the {START_FILE} that red.compress or red.distill wrote.") from error
+    if "teacher_hash" not in facts:
+        raise REDError(f"start={str(path)!r} is a safetensors file but not a start. Give the {START_FILE} that red.compress or red.distill wrote.")
+    if facts["teacher_hash"] != teacher_hash:
+        raise REDError(f"start={str(path)!r} was fitted for another teacher (hash {facts['teacher_hash'][:12]}, this one's is {teacher_hash[:12]}). "
+                       "Give that teacher, or compress this one.")
+    return load_file(path)

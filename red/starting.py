@@ -1,0 +1,124 @@
+"""From the settings to the maps that the projections start with: a registered start and what is fitted after it, or a start file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from red import starts
+from red.calibration import Calibration, model_hash
+from red.config import REDConfig
+from red.errors import REDError
+from red.export import check_width
+from red.families import teacher_config
+from red.files import require_existing
+from red.fitting import fit_maps, forecast
+from red.fitting.forecast import measured_rate
+from red.fitting.resume import START_FILE, StartFolder, read_start
+from red.fitting.shared_map import ITERATIONS
+
+
+def from_file(config: REDConfig) -> bool:
+    """Whether `start` names a file that red.compress or red.distill wrote."""
+    return config.start.endswith(".safetensors")
+
+
+def needs_of(config: REDConfig) -> tuple[str, ...]:
+    """What the start needs, see `red.starts.base.NEEDS`; REDError if there is no such start."""
+    if from_file(config):
+        require_existing(config.start, "start")
+        return ()
+    return starts.get(config.start).needs
+
+
+def fit_of(config: REDConfig) -> str:
+    """What is fitted: "none", "readers" or "full"."""
+    if from_file(config):
+        if config.start_fit not in (None, "none"):
+            raise REDError(f"start_fit={config.start_fit!r}: the start {config.start} is finished. Leave start_fit out.")
+        return "none"
+    return config.start_fit or starts.get(config.start).fit
+
+
+def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibration | None = None,
+               batches: Iterable[dict[str, Tensor]] | None = None, folder: str | Path | None = None) -> starts.StartMaps:
+    """The maps of the start, see `red.prepare.start_projections`."""
+    if from_file(config):
+        return _from_file(teacher, config)
+    start, fit = starts.get(config.start), fit_of(config)
+    if fit == "none":
+        return start(_context(teacher, config, calibration, batches))
+    if batches is None:
+        raise REDError(f"start={config.start!r} with start_fit={fit!r} fits to the calibration text itself. Pass batches=... "
+                       "(red.distill and red.compress do).")
+    batches = list(batches)
+    kept = StartFolder(folder, _key(teacher, config, calibration, batches))
+    found = kept.whole()
+    if found is not None:
+        return starts.StartMaps(found, found.pop("channels", None))
+    if not config.disable_tqdm:
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit,
+                        teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
+        tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
+    with tqdm(desc="shared map", total=ITERATIONS, disable=config.disable_tqdm, leave=False) as bar:
+        context = _context(teacher, config, calibration, batches)
+        context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
+        found = start(context)
+    with tqdm(desc="fitting the start", disable=config.disable_tqdm, leave=False) as bar:
+        def show(done: int, total: int, report: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(report, refresh=False)
+            bar.update(done - bar.n)
+
+        maps = fit_maps(teacher, found.maps, batches, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
+                        writer_ridge=config.fit_writer_ridge, kept=kept, on_progress=show)
+    channels = found.channels if fit == "readers" else None
+    kept.keep_whole(maps if channels is None else {**maps, "channels": channels}, model_hash(teacher))
+    return starts.StartMaps(maps, channels)
+
+
+def forecast_of(config: REDConfig) -> str:
+    """What the start will cost, in words: from the teacher's config and this device's rate of multiplying; no weight is read.
+
+    Raises:
+        REDError: no teacher, an unsupported family, a width that cannot be, or an unknown start.
+    """
+    if config.teacher_model_name_or_path is None:
+        raise REDError("A forecast needs a teacher. Give teacher_model_name_or_path.")
+    teacher = teacher_config(config.teacher_model_name_or_path)
+    check_width(teacher, config.hidden_size)
+    tokens, fit = config.calibration_samples * config.max_length, fit_of(config)
+    cost = forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit,
+                    teacher_bytes=4 if config.device.type == "cpu" else 2, rate=measured_rate(config.device))
+    return (f"{config.teacher_model_name_or_path}: hidden_size {teacher.hidden_size} -> {config.hidden_size}, {teacher.num_hidden_layers} layers, "
+            f"start={config.start}, start_fit={fit}, {tokens:,} tokens of calibration\n{cost}")
+
+
+def _context(teacher, config: REDConfig, calibration, batches) -> starts.StartContext:
+    return starts.StartContext(teacher, config.hidden_size, calibration, config.seed, config.start_std, config.norm_scale, batches)
+
+
+def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: list[dict[str, Tensor]]) -> str:
+    """Everything that decides a fitted start, as one hash."""
+    names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "calibration_tap")
+    digest = hashlib.sha256(f"{model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
+    texts = [batch["input_ids"] for batch in batches] + [batch["token_mask"] for batch in batches if "token_mask" in batch]
+    for tensor in [*texts, *([] if calibration is None else [calibration.scores])]:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_file(teacher: PreTrainedModel, config: REDConfig) -> starts.StartMaps:
+    fit_of(config)
+    found = read_start(config.start, model_hash(teacher))
+    width = found["model.embed_tokens.weight"].shape[1]
+    if width != config.hidden_size:
+        raise REDError(f"hidden_size={config.hidden_size}, but start={config.start!r} is of width {width}. Give hidden_size={width}, or compress again. "
+                       f"The {START_FILE} of a run has the width of its student.")
+    return starts.StartMaps(found, found.pop("channels", None))
