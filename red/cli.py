@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, distill, compress, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
 
   red demo       the embedded example, end to end, on any laptop: watch a random start lose its reasoning and RED keep it
   red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
+  red compress   the same without training: the fitted start as a checkpoint, in minutes
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """
@@ -43,11 +44,22 @@ underscores; a bare --setting is true), on the command line. So does every other
 (per_device_train_batch_size, gradient_accumulation_steps, max_steps, bf16, save_steps, report_to, ...).
 """
 
+COMPRESS = """\
+Narrow a teacher to --hidden_size without training; the result is OUTPUT_DIR/student, a plain Hugging Face checkpoint.
+
+  red compress --teacher_model_name_or_path T --train_file corpus.txt --hidden_size 1536 --output_dir small
+  red compress ... --dry_run                        prints what it would cost in time and memory, from the shapes alone
+  red distill ... --start small/start.safetensors   trains on from it
+
+It calibrates on the first --calibration_samples rows of --max_length tokens and takes the start `fitted`, unless --start names another. Settings as in
+`red distill` (see red distill -h), in a --config file or as --setting value. An interrupted fit goes on when the same command is given again.
+"""
+
 # How `red distill -h` groups red's settings; one that is in no group stays with the one declared before it.
 GROUPS = {
     "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
                          "packing", "output_dir"),
-    "the student and its start": ("hidden_size", "start", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
+    "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "loss_chunk_size"),
     "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "remove_unused_columns"),
 }
@@ -58,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
-        if rest and options.run is not distill:
+        if rest and options.run not in (distill, compress):
             raise REDError(f"red {options.command} does not know {rest[0]!r}. See red {options.command} -h.")
         options.rest = rest
         options.run(options)
@@ -107,6 +119,25 @@ def distill(options: argparse.Namespace) -> None:
     for name, value in result.metrics.items():
         print(f"{name:>28}  {value:.6g}" if isinstance(value, float) else f"{name:>28}  {value}")
     print(f"The student is in {result.path}")
+
+
+def compress(options: argparse.Namespace) -> None:
+    from red.settings import build_config, parse_command_line, read_yaml
+
+    given = {"start": "fitted", **(read_yaml(options.config) if options.config else {}), **parse_command_line(options.rest)}
+    config = build_config(given)
+    if options.dry_run:
+        from red.starting import forecast_of
+
+        print(forecast_of(config))
+        return
+    if config.train_file is not None:
+        require_existing(config.train_file, "train_file")  # before the teacher is read
+
+    from red.compression import compress as run
+
+    result = run(config=config, calibration=options.calibration, dtype=options.dtype)
+    print(result.report)
 
 
 def erank(options: argparse.Namespace) -> None:
@@ -235,6 +266,12 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "resume", action="store_true", help="go on from the last checkpoint in output_dir")
     option(added, "eval_file", metavar="FILE", help="held-out text; its loss is reported")
     option(added, "calibration", metavar="FILE", help="channel statistics that red.calibrate(...).save wrote [taken on the training text]")
+
+    added = command(compress, "compress", "teacher + text -> narrower model, without training", COMPRESS, usage="red compress [--config FILE] [--setting value ...]")
+    option(added, "config", metavar="FILE", help="YAML file of settings")
+    option(added, "calibration", metavar="FILE", help="channel statistics that red.calibrate(...).save wrote [taken on the text]")
+    option(added, "dtype", metavar="DTYPE", help="of the weights: float32, bfloat16 or float16 [the loaded teacher's]")
+    option(added, "dry_run", action="store_true", help="print the forecast of time and memory, and stop; no weight is read")
 
     added = command(erank, "erank", "effective rank per layer", "Print the effective rank of each model's hidden states, layer by layer.\n\n"
                     "  red erank path/to/teacher run/student --data held_out.txt\n\nCompare only at equal text and --max-tokens: the rank grows with them.")

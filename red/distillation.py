@@ -13,6 +13,7 @@ from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
 from red.files import require_empty_output
+from red.fitting.resume import HALF_LAYERS, START_FILE
 from red.prepare import load_teacher
 from red.settings import build_config
 from red.trainer import REDTrainer
@@ -52,22 +53,18 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
     config = config or build_config(settings)
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
-    train_data = train_data if train_data is not None else config.train_file or _named_dataset(config)
+    train_data = training_source(train_data, config)
     if teacher is None or train_data is None:
         raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
                        "(or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir)
+        require_empty_output(config.output_dir, ignoring=(START_FILE, HALF_LAYERS))  # an interrupted fit goes on
     elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
-    if not isinstance(teacher, PreTrainedModel):
-        source, teacher = teacher, load_teacher(teacher, config.teacher_dtype, config.device)
-        tokenizer = _checked_tokenizer(tokenizer, source)
-    if tokenizer is None:
-        raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
@@ -79,6 +76,22 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         trainer.export(path)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def training_source(given, config: REDConfig):
+    """The text that was given, or what the settings name; None where they name none."""
+    return given if given is not None else config.train_file or _named_dataset(config)
+
+
+def with_tokenizer(teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
+                   config: REDConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The teacher, loaded where it is a name or a folder, and its tokenizer."""
+    if not isinstance(teacher, PreTrainedModel):
+        source, teacher = teacher, load_teacher(teacher, config.teacher_dtype, config.device)
+        tokenizer = _checked_tokenizer(tokenizer, source)
+    if tokenizer is None:
+        raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    return teacher, tokenizer
 
 
 def _checked_tokenizer(given: PreTrainedTokenizerBase | None, teacher: str | Path) -> PreTrainedTokenizerBase:

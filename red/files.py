@@ -67,13 +67,14 @@ def atomic_write_safetensors(path: str | Path, tensors: Mapping, metadata: Mappi
         save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
 
 
-def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: str = "") -> Path:
+def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: str = "", ignoring: tuple[str, ...] = ()) -> Path:
     """The path, if it does not exist yet or is an empty folder.
 
     Args:
         path: where something is going to be written.
         what: the setting's name, for the message.
         remedy: what else the user can do here, a whole sentence.
+        ignoring: names of entries that may be there.
 
     Raises:
         REDError: the path is a file, a folder with something in it, or in a place where nothing can be written. Nothing is touched.
@@ -82,7 +83,7 @@ def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: 
     if path.exists() and not path.is_dir():
         raise REDError(f"{what}={str(path)!r} is a file; a folder that does not exist yet, or an empty one, is needed. Choose another path.")
     if path.is_dir():
-        entries = sorted(entry.name for entry in path.iterdir())
+        entries = sorted(entry.name for entry in path.iterdir() if entry.name not in ignoring)
         if entries:
             shown = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
             raise REDError(f"{what}={str(path)!r} is not empty (it holds {shown}) and nothing is overwritten. "

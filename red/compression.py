@@ -1,0 +1,71 @@
+"""red.compress: a narrower checkpoint without any training, and the start that red.distill goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from red.calibration import Calibration
+from red.config import REDConfig
+from red.distillation import training_source, with_tokenizer
+from red.errors import REDError
+from red.export import ExportReport, export
+from red.files import require_empty_output
+from red.fitting.resume import HALF_LAYERS, START_FILE
+from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
+from red.settings import build_config
+from red.starting import fit_of
+
+
+@dataclass
+class CompressResult:
+    """What `compress` returns."""
+
+    student: PreTrainedModel  # a plain Hugging Face model, untrained but for the fit
+    path: Path  # its exported checkpoint, reloaded and compared
+    start: Path | None  # for red.distill(start=...); None where nothing was fitted
+    report: ExportReport
+
+
+def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
+             calibration: Calibration | str | Path | None = None, dtype: torch.dtype | str | None = None, config: REDConfig | None = None,
+             **settings) -> CompressResult:
+    """Narrow `teacher` to `hidden_size` without training, and export the student to `output_dir/student`.
+
+    The student is the start that training would begin with: `fitted`, unless `start` says otherwise. It needs forward passes over the
+    calibration text and linear algebra, no gradients of the teacher; an interrupted fit goes on when called again.
+
+    Args:
+        teacher, data, tokenizer, calibration: as in `red.distill`; the first `calibration_samples` rows of `data` are fitted to.
+        dtype: of the exported weights; None is the teacher's.
+        config: a REDConfig; or give its fields as keyword `settings`, never both. hidden_size and output_dir are needed.
+
+    Raises:
+        REDError: bad input, before anything is computed.
+
+    Example:
+        small = red.compress("teacher", "corpus.txt", hidden_size=1536, output_dir="small")
+        red.distill("teacher", "corpus.txt", hidden_size=1536, output_dir="run", start=small.start)
+    """
+    if config is not None and settings:
+        raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
+    config = config or build_config({"start": "fitted", **settings})
+    data = training_source(data, config)
+    if (teacher := teacher if teacher is not None else config.teacher_model_name_or_path) is None or data is None:
+        raise REDError("compress needs a teacher and text to calibrate on. Give teacher (or teacher_model_name_or_path) and data "
+                       "(or train_file, or dataset_name).")
+    folder = Path(config.output_dir)
+    require_empty_output(folder, ignoring=(START_FILE, HALF_LAYERS))
+    teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
+    teacher = teacher.eval().to(config.device)
+    check_request(teacher, config)
+    rows = pack_rows(data, tokenizer, teacher, config)
+    if isinstance(calibration, (str, Path)):
+        calibration = Calibration.load(calibration)
+    calibration = ready_calibration(teacher, config, rows=rows, calibration=calibration, tokenizer=tokenizer)
+    student = start_projections(teacher, config, calibration, calibration_batches(rows, config.calibration_samples), folder).student.eval()
+    report = export(student, tokenizer, folder / "student", dtype=dtype or teacher.dtype)
+    return CompressResult(student, report.path, folder / START_FILE if fit_of(config) != "none" else None, report)
