@@ -10,9 +10,11 @@ import importlib
 
 _home = {
     "Calibration": "calibration", "calibrate": "prepare",
+    "CompressResult": "compression", "compress": "compression",
     "DistillResult": "distillation", "distill": "distillation",
     "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
     "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
+    "principal_basis": "rotation", "random_basis": "rotation", "rotate": "rotation",
 }
 __all__ = sorted(_home)
 __version__ = "0.1.0"
