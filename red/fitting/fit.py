@@ -3,11 +3,13 @@
 With `z_i` the teacher's normalised stream at read point i, `y_i` the student's, `γ_i` the norm's gain (row vectors):
 
     reader   O_i = argmin Σ |y_i O - z_i|²  (ridge)        A = diag(γ_i) O_iᵀ / s,  the student's gain s = √(d/d')          (2)
-    writer   B   = argmin Σ |x_S + u B - x_{i+1} Q|²       u [N, d]: the writer's output at the teacher's width, computed
-             (ridge towards the start's B)                 from the student's own input; x_S: the student's stream before it   (3)
+    writer   B   = argmin Σ |x_S + u B - x Q|² / rms(x)²   u [N, d]: the writer's output at the teacher's width, computed
+             (ridge towards the start's B)                 from the student's own input; x_S: the student's stream before it,
+                                                           x: the teacher's behind it                                          (3)
 
 So a reader undoes what the width and the layers before it did to the stream, as far as a linear map can; and a writer does not only write its
-own part, it also repairs the error made so far. Neither raises the error that it is fitted to, on the text it is fitted on.
+own part, it also repairs the error made so far. Neither raises the error that it is fitted to, on the text it is fitted on. The next norm
+divides a token by its RMS, so (3) counts errors relative to it: without that, the few tokens with massive activations would decide.
 """
 
 from __future__ import annotations
@@ -151,8 +153,10 @@ class _Fit:
             written = inner @ weight.to(inner).T  # u [N, d]
             if bias is not None:
                 written = written + bias.detach().to(written)
-            error = after[mask].double() @ down - student[mask].double() - written.double() @ before
-            solver.add(written, error.to(written))
+            after = after[mask].double()
+            error = after @ down - student[mask].double() - written.double() @ before
+            weight_of_token = after.square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt()
+            solver.add((written * weight_of_token).to(written), (error * weight_of_token).to(written))
         return {name: (before + solver.solve(self.writer_ridge)).T.cpu()}
 
     def advance(self, half: HalfLayer) -> None:
