@@ -8,6 +8,7 @@ Nothing is downloaded. `red.evaluate` measures a model on the held-out problems.
 
 from importlib.resources import files
 
+from red.errors import REDError
 from red.example.corpus import (
     SPLITS,
     Document,
@@ -22,6 +23,7 @@ from red.example.corpus import (
 
 __all__ = [
     "SPLITS",
+    "TEACHERS",
     "Document",
     "Problem",
     "documents",
@@ -34,12 +36,30 @@ __all__ = [
 ]
 
 
-def teacher_path() -> str:
-    """The folder of the embedded teacher: config, bf16 weights (1.6 MB), tokenizer, and how it was made (`training.json`)."""
-    folder = files(__package__) / "teacher"
+TEACHERS = {  # name -> (folder here, the script that made it, how long that takes on one thread)
+    "chains": ("teacher", "train_teacher", "20 minutes"),
+    "massive": ("massive", "train_massive", "10 minutes"),
+}
+
+
+def teacher_path(name: str = "chains") -> str:
+    """The folder of an embedded teacher: config, bf16 weights (1.6 MB), tokenizer, and how it was made (`training.json`).
+
+    Args:
+        name: "chains", trained from scratch on the corpus; "massive", the same one given massive activations, outlier channels
+            and an attention sink as large language models have (`red.example.train_massive`).
+
+    Raises:
+        REDError: no such teacher.
+        FileNotFoundError: its weights are not there.
+    """
+    if name not in TEACHERS:
+        raise REDError(f"name={name!r} is no embedded teacher; use one of {', '.join(map(repr, TEACHERS))}.")
+    place, script, duration = TEACHERS[name]
+    folder = files(__package__) / place
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model.safetensors in {folder}: install red with its package data, or train the teacher again with "
-            f"`python -m red.example.train_teacher --out {folder}` (about 20 minutes on one thread)"
+            f"`python -m red.example.{script} --out {folder}` (about {duration} on one thread)"
         )
     return str(folder)
