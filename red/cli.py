@@ -124,7 +124,7 @@ def distill(options: argparse.Namespace) -> None:
 def compress(options: argparse.Namespace) -> None:
     from red.settings import build_config, parse_command_line, read_yaml
 
-    given = {"start": "fitted", **(read_yaml(options.config) if options.config else {}), **parse_command_line(options.rest)}
+    given = {**(read_yaml(options.config) if options.config else {}), **parse_command_line(options.rest)}
     config = build_config(given)
     if options.dry_run:
         from red.starting import forecast_of

@@ -52,7 +52,7 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     """
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
-    config = config or build_config({"start": "fitted", **settings})
+    config = config or build_config(settings)
     data = training_source(data, config)
     if (teacher := teacher if teacher is not None else config.teacher_model_name_or_path) is None or data is None:
         raise REDError("compress needs a teacher and text to calibrate on. Give teacher (or teacher_model_name_or_path) and data "

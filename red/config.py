@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from red.errors import REDError
 
 DIVERGENCES = ("forward", "reverse", "jsd")
+TAP_TARGETS = ("auto", "gather", "projected", "lrc")
 
 
 @dataclass
@@ -30,7 +31,7 @@ class REDConfig(TrainingArguments):
     max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
 
-    start: str = field(default="activation", metadata={"help": "How the projections begin: activation (RED), fitted, random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
+    start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
     fit_reader_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the fitted readers, relative to the mean square of the student's normalised stream."})
     fit_writer_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the repairing writers, relative to the mean square of what they write."})
@@ -93,6 +94,7 @@ class REDConfig(TrainingArguments):
         require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
         require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight"):
             require(getattr(self, name) >= 0, name, "must not be negative")

@@ -18,18 +18,17 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from red import families
+from red.config import TAP_TARGETS
 from red.errors import REDError
 from red.projections import Projections
 from red_kernels import tap_mse
-
-TARGETS = ("auto", "gather", "projected", "lrc")
 
 
 class Taps:
     """Hooks on all `7 L` tapped modules of a teacher and its student.
 
     Args:
-        target: one of TARGETS; "auto" is "gather" for selection starts and "projected" else.
+        target: one of TAP_TARGETS; "auto" is "gather" for selection starts and "projected" else.
         detach_target: False lets the FFN tap train `B` through its target too, as the public LRC code does.
         mean_square: [L, 7] of the teacher's outputs at full width, from a calibration. Each tap's error is divided by it: without this the taps with
             the largest outputs, often one FFN, are all that trains. For a projected target it is the teacher's scale all the same,
@@ -44,8 +43,8 @@ class Taps:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, projections: Projections, *, target: str = "auto",
                  detach_target: bool = True, mean_square: Tensor | None = None):
-        if target not in TARGETS:
-            raise REDError(f"tap_target={target!r} is unknown; use one of {', '.join(map(repr, TARGETS))}.")
+        if target not in TAP_TARGETS:
+            raise REDError(f"tap_target={target!r} is unknown; use one of {', '.join(map(repr, TAP_TARGETS))}.")
         if target == "auto":
             target = "projected" if projections.channels is None else "gather"
         if target == "gather" and projections.channels is None:

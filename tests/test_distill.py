@@ -150,7 +150,7 @@ BAD = {
     "temperature": (lambda teacher, tmp: dict(temperature=0.0), "temperature=0.0: must be above 0"),
     "unknown divergence": (lambda teacher, tmp: dict(divergence="both"), "divergence='both': use one of forward, reverse, jsd"),
     "gather without a selection": (lambda teacher, tmp: dict(start="random", tap_target="gather"), "tap_target='gather' needs a start that selects channels"),
-    "unknown target": (lambda teacher, tmp: dict(tap_target="middle"), "tap_target='middle' is unknown"),
+    "unknown target": (lambda teacher, tmp: dict(tap_target="middle"), "tap_target='middle': use one of auto"),
     "faithful with another target": (lambda teacher, tmp: dict(lrc_faithful=True, tap_target="projected"), "tap_target='projected'.*lrc_faithful"),
     "label smoothing": (lambda teacher, tmp: dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1: must be 0"),
     "dropped columns": (lambda teacher, tmp: dict(remove_unused_columns=True), "remove_unused_columns=True: must stay False"),

@@ -31,7 +31,7 @@ def tokenised(count: int = 24, seed: int = 0, vocab: int = 64) -> list[dict]:
 
 def settings_of(output_dir, **changes) -> dict:
     """REDConfig's fields for a tiny, quiet run on the CPU with a constant learning rate."""
-    return {**dict(output_dir=str(output_dir), hidden_size=NARROW, max_length=16, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
+    return {**dict(output_dir=str(output_dir), hidden_size=NARROW, start="activation", max_length=16, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
                    lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
                    use_cpu=True, calibration_samples=4), **changes}
 

@@ -45,7 +45,9 @@ def reader_gramians(teacher: PreTrainedModel, covariances: Iterator[Tensor] | li
         total = torch.zeros_like(covariance)
         for weight in [weights[name] for name in names] or [head]:
             reader = gain[:, None] * weight.detach().to(covariance).T  # R [d, out]
-            total += reader @ reader.T / ((covariance @ reader) * reader).sum()
+            power = ((covariance @ reader) * reader).sum()
+            if power > 0:  # a reader that hears nothing has no say
+                total += reader @ reader.T / power
         yield total / max(1, len(names))
 
 
