@@ -6,6 +6,8 @@ rate or `options` see the same batches in the same order, which `data_digest` pr
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -17,15 +19,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 import red
-from red.erank import hidden_erank
+from red import data, starts
+from red.demo.suite import Suite
 from red.errors import REDError
-from red.evaluate import exact_match, forced_exact_match, generate_answers, text_quality
-from red.example import documents, easy_documents, problems, tokenized
+from red.example import documents, tokenized
 from red.prepare import load_teacher
 
-STEP_COUNTS = (2, 4, 6, 8)  # of the measured problems
 FIRST_PHASE = 0.3  # the share of the training after which a collapse shows: the middle one of the three full measurements
-SHOWN = 20  # answers that a run keeps, to be looked at
 PACKING_SLACK = 1.3  # training text made per token needed: packing leaves gaps, and no document may come twice
 
 
@@ -59,38 +59,6 @@ class StudentRun:
         return tuple(sorted({0, round(FIRST_PHASE * self.steps), self.steps}))
 
 
-class Suite:
-    """The held-out text of one split and the measurements on it; the same for a teacher and all its students."""
-
-    def __init__(self, tokenizer, run: StudentRun, split: str):
-        self.tokenizer, self.run = tokenizer, run
-        self.problems = {n: problems(split, n, run.final_problems) for n in STEP_COUNTS}
-        self.easy = easy_documents(split, run.easy_texts)
-        # Reasoning text whose questions do not count: the eRank of the states in which the model works an answer out.
-        self.reasoning = tokenized(documents(1, split, reasoning_share=1.0), tokenizer, 3 * run.erank_tokens)
-
-    def full(self, model) -> dict:
-        """Exact match by generation, easy text, eRank per layer."""
-        return {
-            **exact_match(model, self.tokenizer, self._problems(self.run.final_problems)),
-            **text_quality(model, self.tokenizer, self.easy),
-            "erank": hidden_erank(model, self.tokenizer, self.reasoning, max_tokens=self.run.erank_tokens),
-        }
-
-    def light(self, model) -> dict:
-        """Exact match on the first problems of each kind, without generating, and easy text: a second's tenth, not seconds."""
-        return {**forced_exact_match(model, self.tokenizer, self._problems(self.run.problems)),
-                **text_quality(model, self.tokenizer, self.easy)}
-
-    def answers(self, model) -> dict[str, str]:
-        """What the model says to the first problems of four steps: {question: text}."""
-        shown = self.problems[4][:SHOWN]
-        return {problem.question: text for problem, text in zip(shown, generate_answers(model, self.tokenizer, shown))}
-
-    def _problems(self, count: int) -> list:
-        return [problem for found in self.problems.values() for problem in found[:count]]
-
-
 def teacher_and_tokenizer(path: str, device: str = "auto"):
     """Teacher in fp32 (bf16 is five times slower on a CPU) and tokenizer, on the device that "auto" stands for."""
     return load_teacher(path, "float32").to(pick_device(device)).eval(), AutoTokenizer.from_pretrained(path)
@@ -114,15 +82,16 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
         on_evaluation: called with each entry of the history when it is there.
 
     Returns:
-        `{"learning_rate", "history": [{"tokens" (read, without padding), "step", "exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity",
-        "erank" (full ones), "seconds" (of training)}], "final": {…}, "answers", "data_digest", "train_seconds", "evaluate_seconds"}`.
+        `{"learning_rate", "history": [{"tokens" (trained on, without padding), "step", "exact_match", "exact_match_by_steps", "easy_accuracy",
+        "easy_perplexity", "kl_easy", "kl_reasoning", "erank" (full ones), "seconds" (of training)}], "final": {…}, "answers", "data_digest",
+        "calibration_tokens", "train_seconds", "evaluate_seconds"}`.
     """
     teacher, tokenizer = teacher_and_tokenizer(teacher_path, device)
-    watcher = _Watcher(run, Suite(tokenizer, run, split), set(evaluate_at), on_evaluation or (lambda entry: None))
+    watcher = _Watcher(run, Suite(tokenizer, run, split, teacher), set(evaluate_at), on_evaluation or (lambda entry: None))
     scratch = tempfile.mkdtemp(prefix="red-run-")  # TrainingArguments wants a folder; nothing is saved there
     try:
         trainer = red.REDTrainer(
-            teacher=teacher, args=_config(run, teacher, scratch, device), train_dataset=training_text(run, tokenizer),
+            teacher=teacher, args=run_config(run, teacher, scratch, device), train_dataset=training_text(run, tokenizer),
             processing_class=tokenizer, callbacks=[watcher],
         )
         watcher.student, watcher.reading = trainer.student, _Reading(trainer.student, tokenizer.pad_token_id)
@@ -137,13 +106,14 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
             trainer.export(export_to)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    measured = ("exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity", "erank")
+    measured = ("exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity", "kl_easy", "kl_reasoning", "erank")
     return {
         "learning_rate": run.learning_rate,
         "history": watcher.history,
         "final": {key: watcher.history[-1][key] for key in measured},
         "answers": watcher.suite.answers(trainer.student),
         "data_digest": f"{watcher.reading.digest:08x}",
+        "calibration_tokens": calibration_tokens(run, tokenizer),
         "train_seconds": seconds,
         "evaluate_seconds": watcher.evaluate_seconds,
     }
@@ -155,7 +125,22 @@ def training_text(run: StudentRun, tokenizer) -> list[dict]:
     return tokenized(documents(run.seed, "train", reasoning_share=run.reasoning_share), tokenizer, tokens)
 
 
-def _config(run: StudentRun, teacher, folder: str, device: str):
+def calibration_rows(run: StudentRun, tokenizer) -> data.PackedDataset:
+    """What a run is calibrated on, in its first `calibration_samples` rows: the beginning of its training text, as the trainer packs it."""
+    enough = dataclasses.replace(run, steps=math.ceil(run.calibration_samples / run.rows))
+    return data.pack(data.load_examples(training_text(enough, tokenizer)), run.length, pad_token_id=tokenizer.pad_token_id)
+
+
+def calibration_tokens(run: StudentRun, tokenizer) -> int:
+    """The tokens, without padding, that a run reads before it trains, for its start or for the scale of its taps; the training reads them again."""
+    faithful = run.options.get("lrc_faithful", False)
+    if not starts.get(run.start).needs and not run.options.get("tap_normalize", not faithful):
+        return 0
+    rows = calibration_rows(run, tokenizer)
+    return sum(int(rows[i]["token_mask"].sum()) for i in range(min(run.calibration_samples, len(rows))))
+
+
+def run_config(run: StudentRun, teacher, folder: str, device: str):
     """The recipe of every run, unless its options say otherwise: cross entropy + KL to the teacher (T = 1) + .2 × the taps, each divided by the
     teacher's mean square there; AdamW(.9, .98) without weight decay, gradients clipped to norm 1, a short warm-up, then a cosine to 0."""
     settings = dict(

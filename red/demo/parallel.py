@@ -14,13 +14,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
 import red
 from red.demo.experiment import StudentRun
 from red.demo.worker import EVENT
+
+Job = tuple[str, StudentRun, dict]  # a run, its name, and the other arguments of `run_student`
 
 
 def available_cores() -> int:
@@ -44,47 +46,94 @@ def run_parallel(runs: Mapping[str, StudentRun], settings: Mapping[str, dict], *
         `(results, failures)`: a failed run's traceback, also logged, does not disturb the others.
     """
     results: dict[str, dict] = {}
+
+    def keep(name: str, result: dict) -> None:
+        results[name] = result
+        if on_result is not None:
+            on_result(name, result)
+
+    waiting = iter(runs)
+
+    def next_job() -> Job | None:
+        name = next(waiting, None)
+        return None if name is None else (name, runs[name], settings[name])
+
+    failures = run_queue(next_job, processes=min(processes or available_cores(), len(runs)), on_result=keep, log=log, width=max(map(len, runs), default=0))
+    return results, failures
+
+
+def run_queue(next_job: Callable[[], Job | None], *, on_result: Callable[[str, dict], None], processes: int | None = None,
+              log: Callable[[str], None] = print, width: int = 0) -> dict[str, str]:
+    """Train what `next_job` hands out, at most `processes` runs at a time, until it has nothing and nothing is running.
+
+    Args:
+        next_job: `(name, run, settings)` of the next run, or None for the moment: a run that finishes may bring forth others. It, `on_result` and
+            `log` are called one at a time.
+        width: of the names in the progress lines.
+        Others as in `run_parallel`.
+
+    Returns:
+        The tracebacks of the failed runs, by name.
+    """
     failures: dict[str, str] = {}
-    lock = threading.Lock()
+    changed = threading.Condition()
     children: set[subprocess.Popen] = set()
     stopped = threading.Event()
-    width = max(map(len, runs), default=0)
+    running = 0
+
+    def take() -> Job | None:
+        nonlocal running
+        with changed:
+            while not stopped.is_set():
+                job = next_job()
+                if job is not None:
+                    running += 1
+                    return job
+                if not running:
+                    break
+                changed.wait()
+        return None
 
     def say(text: str) -> None:
-        with lock:
+        with changed:
             log(text)
 
-    def work(name: str) -> None:
-        if stopped.is_set():
-            return
-        started = time.perf_counter()
-        result, trace = _run_one(name, runs[name], settings[name], children, stopped, lambda entry: say(_progress(name, width, runs[name], entry)))
-        if stopped.is_set():
-            return  # it was ended with the others
-        with lock:
-            if result is None:
-                failures[name] = trace
-                log(f"{name}: failed after {time.perf_counter() - started:.0f} s; the other runs go on\n{trace}")
-            else:
-                results[name] = result
-                if on_result is not None:
+    def work() -> None:
+        nonlocal running
+        while (job := take()) is not None:
+            name, run, settings = job
+            started = time.perf_counter()
+            result, trace = _run_one(name, run, settings, children, stopped, lambda entry: say(_progress(name, width, run, entry)))
+            if stopped.is_set():
+                return  # it was ended with the others
+            with changed:
+                if result is None:
+                    failures[name] = trace
+                    log(f"{name}: failed after {time.perf_counter() - started:.0f} s; the other runs go on\n{trace}")
+                else:
                     on_result(name, result)
+                running -= 1
+                changed.notify_all()
 
-    workers = max(1, min(processes or available_cores(), len(runs)))
+    def stop() -> None:
+        stopped.set()
+        with changed:
+            changed.notify_all()
+        for child in list(children):
+            child.kill()
+
+    workers = max(1, available_cores() if processes is None else processes)
     try:
         with ThreadPoolExecutor(workers) as pool:
             try:
-                waiting = [pool.submit(work, name) for name in runs]
-                for future in waiting:
+                for future in as_completed([pool.submit(work) for _ in range(workers)]):
                     future.result()
-            except BaseException:  # Ctrl-C, or on_result could not write: no child may outlive this
-                stopped.set()
-                for child in list(children):
-                    child.kill()
+            except BaseException:  # Ctrl-C, or a result could not be kept: no child may outlive this
+                stop()
                 raise
     finally:
         stopped.set()
-    return results, failures
+    return failures
 
 
 def _run_one(name: str, run: StudentRun, settings: dict, children: set, stopped: threading.Event,
