@@ -1,40 +1,31 @@
-"""The demo end to end at a tiny size, its processes, its folder, and the study's rules."""
+"""The demo end to end at a tiny size, its processes and its folder."""
 
-import importlib.util
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from red.demo import known, main, record
+from red.demo import known, main, parallel, record
 from red.demo.experiment import StudentRun, run_student
 from red.demo.folder import MARKER, OutputFolder
 from red.demo.parallel import run_parallel
 from red.errors import REDError
-from red.example.tokenizer import build_tokenizer
+from tiny_example import save_tiny_teacher
 
 run_demo = main.run_demo
 
 TINY = dict(steps=3, rows=2, length=112, problems=2, final_problems=3, easy_texts=4, erank_tokens=150, calibration_samples=2, warmup_steps=1)
-SCORES = {"exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity", "erank"}
+OF_A_MODEL = {"exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity", "erank"}
+SCORES = OF_A_MODEL | {"kl_easy", "kl_reasoning"}  # of a student
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A random teacher with the example's tokenizer, in a folder."""
-    path = tmp_path_factory.mktemp("teacher")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False,
-                         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def test_demo_end_to_end(teacher, tmp_path):
@@ -44,7 +35,7 @@ def test_demo_end_to_end(teacher, tmp_path):
     results = json.loads((out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert returned == results
     assert set(results) == {"seconds", "teacher", "starts", "versions", "commit"}
-    assert set(results["teacher"]) == SCORES - {"exact_match_by_steps"} and len(results["teacher"]["erank"]) == 3
+    assert set(results["teacher"]) == OF_A_MODEL - {"exact_match_by_steps"} and len(results["teacher"]["erank"]) == 3
     assert list(results["starts"]) == ["random", "activation", known.load()["best_other"]]
     for start, outcome in results["starts"].items():
         assert set(outcome) == {"learning_rate", "history", "final"} and set(outcome["final"]) == SCORES
@@ -87,6 +78,33 @@ def test_a_failing_run_is_shown_and_the_others_are_kept(teacher):
     assert "no_such_start" in failures["bad"] and "Traceback" in failures["bad"]
     assert any("bad: failed" in line and "no_such_start" in line for line in said)
     assert any("good" in line and "step    3/3" in line for line in said)
+
+
+def test_a_queue_takes_what_its_results_bring_forth(monkeypatch):
+    """Two threads and one run to begin with: its result brings two more, and the end comes only when they are done; one of them fails."""
+    monkeypatch.setattr(parallel, "_run_one", lambda name, *_: (None, "Traceback") if name == "bad" else ({"name": name}, ""))
+    run = StudentRun("activation", 1e-3, **TINY)
+    waiting, finished, said = [("first", run, {})], [], []
+
+    def keep(name, result):
+        finished.append(result["name"])
+        if name == "first":
+            waiting.extend((name, run, {}) for name in ("bad", "last"))
+
+    failures = parallel.run_queue(lambda: waiting.pop(0) if waiting else None, on_result=keep, processes=2, log=said.append)
+    assert failures == {"bad": "Traceback"} and finished == ["first", "last"] and "bad: failed" in said[0]
+
+
+def test_a_result_that_cannot_be_kept_ends_the_queue(monkeypatch):
+    monkeypatch.setattr(parallel, "_run_one", lambda *_: ({}, ""))
+    jobs = iter([(name, StudentRun("activation", 1e-3, **TINY), {}) for name in ("one", "two", "three")])
+
+    def full(name, result):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        parallel.run_queue(lambda: next(jobs, None), on_result=full, processes=1, log=lambda text: None)
+    assert next(jobs)[0] == "two"  # nothing more was begun
 
 
 def test_equal_settings_equal_numbers_and_starts_share_their_batches(teacher):
@@ -229,99 +247,3 @@ def test_the_finders_files_are_no_reason_to_refuse(tmp_path):
 
 def test_learning_rates_come_from_the_study():
     assert known.load()["written_by"] == "benchmarks/starts.py"
-
-
-@pytest.fixture(scope="module")
-def study_script():
-    path = Path(__file__).parents[1] / "benchmarks" / "starts.py"
-    spec = importlib.util.spec_from_file_location("starts_study", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rate_rule_and_tokens_to_90(study_script):
-    def result(scores, perplexity=6.0):
-        return {"history": [{"tokens": 10 * i, "exact_match": score} for i, score in enumerate(scores)],
-                "final": {"exact_match": scores[-1], "easy_perplexity": perplexity}}
-
-    # .98 and .97 are tied at the end: the faster one; then what is left by its end; two zeros by their easy text
-    assert study_script.ranked({1: result([0, 0.1, 0.98]), 2: result([0, 0.9, 0.97]), 3: result([0, 0.95, 0.5])}) == [2, 1, 3]
-    assert study_script.ranked({1: result([0, 0], 7.0), 2: result([0, 0], 6.5), 3: result([0, 0], None)}) == [2, 1, 3]
-    history = result([0, 0.2, 0.91, 0.85, 0.95])["history"]
-    assert study_script.tokens_to(0.9, history) == 20 and study_script.tokens_to(0.96, history) is None
-    assert study_script.spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "per_seed": [1.0, 3.0]}
-    assert study_script.spread([1.0, None])["mean"] is None
-
-
-def test_study_goes_on_where_it_was_interrupted(study_script, teacher, tmp_path, monkeypatch, capsys):
-    trained = []
-
-    def in_this_process(runs, settings, *, on_result, **_):
-        for name, run in runs.items():
-            if len(trained) == 3 and not interrupted:
-                interrupted.append(True)
-                raise KeyboardInterrupt
-            trained.append(run)
-            on_result(name, record.finite(run_student(run, **settings[name])))
-        return {}, {}
-
-    monkeypatch.setattr(study_script, "run_parallel", in_this_process)
-    interrupted: list[bool] = []
-    words = ["--smoke", teacher, "--out", str(tmp_path / "results")]
-    with pytest.raises(KeyboardInterrupt):
-        study_script.main(words)
-    with open(tmp_path / "results" / "starts_runs.jsonl", "a") as file:
-        file.write('{"key": "cut sho')  # as a power cut leaves it
-    study_script.main(words)
-    assert len(trained) == len({json.dumps(asdict(run)) for run in trained})  # nothing was run twice
-    found = json.loads((tmp_path / "results" / "starts.json").read_text())
-    assert set(found["rows"]) == {"activation", "random", "pca"}
-    assert all(list(row["horizons"]) == ["2", "4"] for row in found["rows"].values())  # nobody got there: the longer horizon too
-    assert found["rows"]["random"]["tokens_to_90"]["mean"] is None
-    study_script.main(words)
-    assert len(trained) == 12  # a third time: everything is there, also what was written after the cut line
-    shipped = json.loads((tmp_path / "results" / "learning_rates.json").read_text())
-    assert shipped["best_other"] == "pca" and set(shipped["rates"]) == {"activation", "random", "pca"}
-    assert {"rates", "rates_rule", "best_other", "best_other_rule", "tokens_to_90"} <= set(known.load()) & set(shipped)
-    assert found["commit"] == shipped["commit"] == [record.commit()] and "best two rates" in found["rates_rule"]
-    assert (tmp_path / "results" / "starts.svg").is_file()
-    out = capsys.readouterr().out
-    assert "| RED (activation) | 0.0005 †; 0.0005 † for 4 steps |" in out and "lies at the edge of the grid 0.0005" in out
-
-    # a sweep alone keeps the tokens that the study found; what is missing is not run where that is not wanted
-    study_script.main([*words, "--stage", "sweep"])
-    assert json.loads((tmp_path / "results" / "learning_rates.json").read_text()) == shipped
-    with pytest.raises(SystemExit, match="3 runs are not in"):
-        study_script.main(["--smoke", teacher, "--out", str(tmp_path / "other"), "--no-run"])
-
-
-@pytest.mark.parametrize("words", [["--rows", "activation"], ["--seeds", "0", "1"], ["--seeds", "3", "4", "5", "--stage", "sweep"]])
-def test_a_part_of_the_study_does_not_replace_it(study_script, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        study_script.main(words)
-    assert stopped.value.code == 2 and "need --out" in capsys.readouterr().err
-
-
-def test_the_studys_table_says_how_to_read_it(study_script):
-    def seed(scores):
-        history = [{"tokens": 20_000 * i, "exact_match": score, "exact_match_by_steps": dict.fromkeys("2468", score)} for i, score in enumerate(scores)]
-        return {"history": history, "final": {"exact_match": scores[-1], "easy_accuracy": 0.41}}
-
-    def row(rate, tokens, longer=None):
-        horizons = {"150": {"learning_rate": rate, "exact_match": study_script.spread([1.0, 0.98]), "easy_accuracy": study_script.spread([0.41, 0.41]),
-                            "seeds": {"0": seed([0, 1.0]), "1": seed([0, 0.98])}}}
-        return {"horizons": horizons, "tokens_to_90": {**study_script.spread(tokens), "budget": 610_000 if longer else 20_000, "steps": 450 if longer else 150,
-                                                       "learning_rate": longer or rate, "spacing": 20_000.0}}
-
-    found = {"rows": {"activation": row(2e-3, [81_000, 102_000]), "pca": row(5e-4, [20_000, 20_000]), "random": row(4e-3, [None, 500_000], 8e-3)},
-             "grid": [5e-4, 2e-3, 8e-3], "seeds": [0, 1], "teacher": {"exact_match": 1.0, "easy_accuracy": 0.42},
-             "settings": {"steps": 150, "problems": 50, "final_problems": 100, "measured_every": 15}}
-    text = study_script.markdown(found)
-    assert "| RED (activation) | 0.002 | 99.0 ± 1.4 % | 41.0 ± 0.0 % | 92k (81k–102k) |" in text
-    assert "| pca | 0.0005 † |" in text and "| 20k (every seed) |" in text and "± 0k" not in text
-    assert "| LRC (random) | 0.004; 0.008 † for 450 steps |" in text and "> 610k (1 of 2 seeds sooner)" in text
-    for note in ("without padding", "every 15 steps, 20k to 20k tokens apart", "noisy: 4 × 50 problems a measurement, 4 × 100 at", "longer schedule of its own", "edge of the grid"):
-        assert note in text, note
-    del found["rows"]["pca"], found["rows"]["random"]
-    assert "†" not in study_script.markdown(found)

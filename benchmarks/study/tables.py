@@ -54,7 +54,7 @@ def notes(found: dict) -> list[str]:
     spaces = [later["tokens"] - earlier["tokens"] for history in histories for earlier, later in zip(history, history[1:])]
     kinds = len(histories[0][0]["exact_match_by_steps"]) if histories else 0
     said = [
-        f"Over {len(found['seeds'])} seeds where the column does not say fewer. Exact match, easy accuracy: mean ± standard deviation. Tokens: mean and, in "
+        f"Over {len(found['seeds'])} seed{'s' if len(found['seeds']) > 1 else ''} where the column does not say fewer. Exact match, easy accuracy: mean ± standard deviation. Tokens: mean and, in "
         "brackets, the range of the seeds; `> x` where a seed did not get there in x tokens; `±` the distance to the measurement before.",
         f"Tokens are real ones, without padding. The students were measured {min(spaces) / 1000:.0f}k to {max(spaces) / 1000:.0f}k tokens apart: a smaller "
         "difference does not show, and equal seeds do not mean no spread. The calibration's tokens are training text that is read before the training.",

@@ -133,8 +133,8 @@ def calibration_rows(run: StudentRun, tokenizer) -> data.PackedDataset:
 
 def calibration_tokens(run: StudentRun, tokenizer) -> int:
     """The tokens, without padding, that a run reads before it trains, for its start or for the scale of its taps; the training reads them again."""
-    faithful = run.options.get("lrc_faithful", False)
-    if not starts.get(run.start).needs and not run.options.get("tap_normalize", not faithful):
+    normalised = run.options.get("tap_normalize", not run.options.get("lrc_faithful", False))
+    if not (starts.get(run.start).needs or run.options.get("start_fit") in ("readers", "full") or normalised):
         return 0
     rows = calibration_rows(run, tokenizer)
     return sum(int(rows[i]["token_mask"].sum()) for i in range(min(run.calibration_samples, len(rows))))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from red.data import pad_id
 from red.erank import hidden_erank
 from red.evaluate import encode, evaluating, exact_match, forced_exact_match, generate_answers, pad, text_quality
-from red.data import pad_id
 from red.example import documents, easy_documents, problems, tokenized
 
 STEP_COUNTS = (2, 4, 6, 8)  # of the measured problems
