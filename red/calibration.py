@@ -7,7 +7,7 @@ and after each layer (L + 1 points), "norm" the outputs of the norms (2 L + 1 po
 The mean square of each tapped module's output says how large an error there is. The other statistics serve the norm gains and the starts
 that rotate or predict; they are of `z = x / rms(x)`, the stream as a norm without gain returns it, at the 2 L + 1 points where it is read:
 mean and mean square per channel and point, O(L d), and on demand the second moment `C = E[zᵀz]`, pooled over points, O(d²), or of each
-point, O(L d²).
+point, O(L d²). Last, the longest tokens of each point, in which massive activations show (red/fitting/massive.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from red.packing import for_attention
 from red_kernels import channel_stats
 
 TAPS = ("residual", "norm")
+LONGEST = 16  # tokens per point
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Calibration:
     scores: Tensor  # [d] fp64: RED's importance of each channel
     mean: Tensor  # [2L+1, d] fp64: E[z] at each norm, in reading order
     mean_square: Tensor  # [2L+1, d] fp64: E[z²] likewise
+    longest: Tensor  # [2L+1, LONGEST, d] fp32: the stream `x` of the tokens with the largest rms(x) at each norm; zeros where there are fewer
+    mean_log_rms: Tensor  # [2L+1] fp64: E[log rms(x)]
     tap_square: Tensor  # [L, 7] fp64: mean square of each tapped module's output, in the order of families.TAPS
     covariance: Tensor | None  # [d, d] fp64: pooled E[zᵀz], or None if it was not asked for
     tap: str
@@ -68,8 +71,8 @@ class Calibration:
             raise REDError(f"{path} is not a calibration: {error}. Make one with red.calibrate(...).save(path).") from error
         if facts is None:
             raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
-        if "mean" not in tensors:
-            raise REDError(f"{path} is a calibration of an earlier red, without means. Make it again with red.calibrate(...).save(path).")
+        if "longest" not in tensors:
+            raise REDError(f"{path} is a calibration of an earlier red and lacks statistics. Make it again with red.calibrate(...).save(path).")
         return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
 
     def check(self, teacher: PreTrainedModel, tokenizer_hash: str = "") -> None:
@@ -105,7 +108,7 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
             `token_mask [B, T]` (False on padding): what `red.data.collate` returns.
         tap: "residual" or "norm", where RED's score reads the activations.
         covariance: also accumulate the pooled second moment, O(d²) memory; `pca`, `activation_lstsq` and `balanced` need it.
-        point_covariance: also that of each read point, O(L d²) host memory; `explained` and `fitted` need it.
+        point_covariance: the pooled one and also that of each read point, O(L d²) host memory; `explained` and `fitted` need it.
 
     Raises:
         REDError: unknown tap, no valid token, or a channel whose activation is NaN or infinite (with the point and the channel).
@@ -113,7 +116,7 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
     families.check_family(teacher.config)
     if tap not in TAPS:
         raise REDError(f"tap={tap!r} is unknown; use one of {', '.join(map(repr, TAPS))}.")
-    sums = _Sums(teacher, tap, covariance, point_covariance)
+    sums = _Sums(teacher, tap, covariance or point_covariance, point_covariance)
     was_training = teacher.training
     teacher.eval()
     try:
@@ -138,6 +141,8 @@ class _Sums:
         self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
         self.sum, self.square = torch.zeros(2, len(self.norms), d, dtype=torch.float64).unbind()
         self.taps = families.taps(config)
+        self.longest = torch.zeros(len(self.norms), LONGEST, d)
+        self.log_rms = torch.zeros(len(self.norms), dtype=torch.float64)
         self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), dtype=torch.float64)
         self.covariance = torch.zeros(d, d, dtype=torch.float64, device=teacher.device) if covariance else None
         dtype = torch.promote_types(teacher.dtype, torch.float32)
@@ -175,7 +180,12 @@ class _Sums:
                 self.squared_means[point // 2 if self.tap == "residual" else point] += means.square().sum(0).cpu()
             x = stream[self.mask]
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            z = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp_min(1e-30))
+            square = x.square().mean(-1, keepdim=True).clamp_min(1e-30)
+            z = x * torch.rsqrt(square)
+            self.log_rms[point] += square.double().log().sum().cpu() / 2
+            top = square[:, 0].topk(min(LONGEST, len(x))).indices
+            candidates = torch.cat([self.longest[point], x[top].float().cpu()])
+            self.longest[point] = candidates[candidates.square().sum(-1).topk(LONGEST).indices]
             self.sum[point] += z.double().sum(0).cpu()
             self.square[point] += z.double().square().sum(0).cpu()
             if self.covariance is not None or self.point_covariance is not None:
@@ -203,8 +213,8 @@ class _Sums:
                                "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
         covariance = None if self.covariance is None else self.covariance.cpu() / (self.tokens * len(self.norms))
         points = None if self.point_covariance is None else self.point_covariance.div_(self.tokens)
-        return Calibration(self.squared_means.sqrt().mean(0), self.sum / self.tokens, self.square / self.tokens, self.tap_square / self.tokens,
-                           covariance, tap, self.sequences, self.tokens, model, tokenizer, points)
+        return Calibration(self.squared_means.sqrt().mean(0), self.sum / self.tokens, self.square / self.tokens, self.longest,
+                           self.log_rms / self.tokens, self.tap_square / self.tokens, covariance, tap, self.sequences, self.tokens, model, tokenizer, points)
 
 
 def _segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
     least_squares  normal equations accumulated over batches, solved by Cholesky
     shared_map     one map from the teacher's stream to the student's: balanced, then the most explained readout
+    massive        directions that the norm needs and no reader hears
     layers         the half layers of a Hugging Face decoder, run one at a time on stored streams
     fit            readers and writers through the depth, from the stream that the student itself produces
     resume         the maps of finished half layers in files, so that an interrupted fit goes on

@@ -56,11 +56,13 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
     Raises:
         REDError: no token, activations that are not finite, or a singular problem.
     """
-    fit = _Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
     kept = kept or StartFolder(None, "")
-    was_training = teacher.training
+    was_training, attention = teacher.training, teacher.config._attn_implementation
     teacher.eval()
     try:
+        if "flash" in (attention or ""):  # its kernels take no fp32, in which the student is, and packed text in one row only
+            teacher.config._attn_implementation = "sdpa"
+        fit = _Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
         fit.streams.begin(fit.student)
         halves = half_layers(teacher.config)
         for half in halves:
@@ -80,6 +82,7 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
         if on_progress is not None:
             on_progress(len(halves) + 1, len(halves) + 1, report)
     finally:
+        teacher.config._attn_implementation = attention
         teacher.train(was_training)
     return fit.maps
 

@@ -57,7 +57,8 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
         flops += points * (4 * d**3 + 3 * ITERATIONS * 4 * d * d * narrow) + 4 * d * d * outputs
     student = 4 * narrow * (outputs + inputs + 2 * config.vocab_size)  # bytes, fp32
     climb = 4 * points * (3 * d * d + 2 * d * narrow) if explained else 8 * 4 * d * d
-    host, device = 4 * points * d * d if explained else 0, max(climb, 8 * 3 * d * d)
+    maps = {"none": 5, "readers": 5 + 5, "full": 5 + 7}[fit] * config.num_hidden_layers  # of [d, d'], fp64: the start's readers, then the fitted maps
+    host, device = (4 * points * d * d if explained else 0) + 8 * d * narrow * maps, max(climb, 8 * 3 * d * d)
     if fit != "none":
         flops += forward(d) + 2 * forward(narrow) + points * 2 * n * narrow * (narrow + d)
         host += tokens * (teacher_bytes * d + 4 * narrow)

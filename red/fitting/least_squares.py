@@ -47,6 +47,8 @@ def solve(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
     scale = float(xx.diagonal().mean())
     if not torch.isfinite(xx).all() or not torch.isfinite(xy).all():
         raise REDError("The activations that a fit solves for are NaN or infinite. Check the teacher's weights, and load it in fp32 or bf16.")
+    if scale == 0:  # nothing moves, as in a module of zeros
+        return torch.zeros_like(xy, dtype=torch.float64)
     shifted = xx.double() + ridge * scale * torch.eye(n, dtype=torch.float64, device=xx.device)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if info.item():

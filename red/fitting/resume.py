@@ -38,8 +38,13 @@ class StartFolder:
             return None
 
     def _write(self, path: Path, tensors: dict[str, Tensor], **facts: str) -> None:
-        if self.folder is not None:
-            atomic_write_safetensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"key": self.key, **facts})
+        if self.folder is None:
+            return
+        own: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():  # writers that are left as they were may be one tensor, which safetensors refuses
+            tensor = tensor.contiguous()
+            own[name] = tensor.clone() if any(tensor.data_ptr() == other.data_ptr() for other in own.values()) else tensor
+        atomic_write_safetensors(path, own, metadata={"key": self.key, **facts})
 
     def _half_layer(self, point: int) -> Path:
         return (self.folder or Path()) / HALF_LAYERS / f"{point:03d}.safetensors"

@@ -51,15 +51,17 @@ def reader_gramians(teacher: PreTrainedModel, covariances: Iterator[Tensor] | li
         yield total / max(1, len(names))
 
 
-def balanced(covariance: Tensor, gramian: Tensor, width: int) -> Tensor:
-    """Square-root balancing: `Q [d, d']` whose directions both move much (`C`) and are heard much (`M`); columns span the kept space.
+def balanced(covariance: Tensor, gramian: Tensor, width: int, fixed: Tensor | None = None) -> Tensor:
+    """Square-root balancing: `Q [d, d']` whose directions both move much (`C`) and are heard much (`M`); orthonormal columns.
 
     Args:
         covariance, gramian: `C` and `M`, [d, d], pooled over points; their scales do not matter.
+        fixed: [d, k] orthonormal directions that are kept in any case, red.fitting.massive's; the first columns of `Q`.
     """
-    root = torch.linalg.cholesky(_regular(covariance))  # C = root rootᵀ
-    vectors = torch.linalg.svd(root.T @ _regular(gramian) @ root).U[:, :width]
-    return torch.linalg.qr(torch.linalg.solve_triangular(root.T, vectors, upper=True)).Q
+    root = _root(_regular(covariance))  # C = root rootᵀ
+    vectors = torch.linalg.svd(root.T @ _regular(gramian) @ root).U
+    directions = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+    return _beside(fixed, directions[:, : width - (0 if fixed is None else fixed.shape[1])])
 
 
 def explained_shares(down: Tensor, covariances: Tensor, heard: Tensor, totals: Tensor) -> Tensor:
@@ -73,25 +75,27 @@ def explained_shares(down: Tensor, covariances: Tensor, heard: Tensor, totals: T
     kept = down.T @ covariances @ down  # [points, d', d']
     ridge = RIDGE * torch.eye(down.shape[1], dtype=down.dtype, device=down.device) * kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     gained = torch.linalg.solve(kept + ridge, down.T @ heard @ down)
-    return gained.diagonal(dim1=-2, dim2=-1).sum(-1) / totals
+    return gained.diagonal(dim1=-2, dim2=-1).sum(-1) / totals.clamp_min(torch.finfo(totals.dtype).tiny)
 
 
-def most_explained(down: Tensor, covariances: Tensor, gramians: Tensor, *, iterations: int = ITERATIONS, on_step=None) -> Tensor:
+def most_explained(down: Tensor, covariances: Tensor, gramians: Tensor, *, fixed: Tensor | None = None,
+                   iterations: int = ITERATIONS, on_step=None) -> Tensor:
     """`Q [d, d']` with orthonormal columns that minimises the mean of `(1 - f_i)²`, by Adam on QR from `down`.
 
     Args:
-        down: where to begin, [d, d'].
+        down: where to begin, [d, d']; with the fixed directions in front.
         covariances, gramians: `C_i`, `M_i`, [points, d, d].
+        fixed: [d, k] orthonormal directions that stay, as in `balanced`.
         on_step: called with the mean share `f` after each iteration.
     """
     heard = covariances @ gramians @ covariances
     totals = (gramians * covariances).sum((-2, -1))
-    free = torch.linalg.qr(down).Q.clone().requires_grad_()
+    free = torch.linalg.qr(down).Q[:, 0 if fixed is None else fixed.shape[1] :].clone().requires_grad_()
     optimizer = torch.optim.Adam([free], lr=LEARNING_RATE)
-    best, least = free.detach().clone(), float("inf")
+    best, least = _beside(fixed, free.detach()), float("inf")
     for iteration in range(iterations + 1):
         with torch.enable_grad():
-            orthonormal = torch.linalg.qr(free).Q
+            orthonormal = _beside(fixed, free)
             shares = explained_shares(orthonormal, covariances, heard, totals)
             loss = (1 - shares).square().mean()
         if loss.item() < least:
@@ -116,6 +120,20 @@ def gauge(down: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     estimate = solve(down.T @ covariance @ down, down.T @ covariance, RIDGE).to(down)
     root = sqrt_psd(estimate @ estimate.T)
     return down @ root, torch.linalg.solve(root, estimate)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Lower triangular, `matrix = root rootᵀ`. Fewer tokens than channels, added up in fp32, leave eigenvalues below zero: those are raised."""
+    root, info = torch.linalg.cholesky_ex(matrix)
+    if info.item():
+        values, vectors = torch.linalg.eigh(matrix)
+        root = torch.linalg.qr((vectors * values.clamp_min(RIDGE / len(values)).sqrt()).T).R.T
+    return root
+
+
+def _beside(fixed: Tensor | None, free: Tensor) -> Tensor:
+    """An orthonormal basis of both spans, the fixed one's first."""
+    return torch.linalg.qr(free if fixed is None else torch.cat([fixed.to(free), free], 1)).Q
 
 
 def _regular(matrix: Tensor) -> Tensor:

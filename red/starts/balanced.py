@@ -1,8 +1,9 @@
-"""Directions that both move much and are heard much: balanced truncation of the pooled stream."""
+"""Directions that both move much and are heard much: balanced truncation of the pooled stream, massive directions kept."""
 
 import torch
 from torch import Tensor
 
+from red.fitting.massive import MOST, massive_directions
 from red.fitting.shared_map import balanced as balance
 from red.fitting.shared_map import gauge, reader_gramians
 from red.starts.base import StartContext, StartMaps, register, shared
@@ -12,8 +13,15 @@ from red.starts.base import StartContext, StartMaps, register, shared
 def balanced(context: StartContext) -> StartMaps:
     """Square-root balancing of `C`, the pooled covariance, and `M`, the pooled Gramian of the readers: O(d²) memory."""
     covariance = context.calibration.covariance
-    down, estimate = gauge(balance(covariance, pooled_gramian(context), context.hidden_size), covariance)
+    down = balance(covariance, pooled_gramian(context), context.hidden_size, massive(context))
+    down, estimate = gauge(down, covariance)
     return shared(context, down, estimate)
+
+
+def massive(context: StartContext) -> Tensor:
+    """The teacher's massive directions, [d, k], at most a quarter of the student's width."""
+    calibration = context.calibration
+    return massive_directions(calibration.longest, calibration.mean_log_rms, min(MOST, context.hidden_size // 4))
 
 
 def pooled_gramian(context: StartContext) -> Tensor:
@@ -22,5 +30,5 @@ def pooled_gramian(context: StartContext) -> Tensor:
     points = [covariance] * len(context.norms)
     total = torch.zeros_like(covariance)
     for gramian in reader_gramians(context.teacher, points):
-        total += gramian / gramian.trace()
+        total += gramian / gramian.trace().clamp_min(torch.finfo(gramian.dtype).tiny)
     return total

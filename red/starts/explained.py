@@ -3,6 +3,7 @@
 import torch
 
 from red.fitting.shared_map import balanced, gauge, most_explained, reader_gramians
+from red.starts.balanced import massive
 from red.starts.base import StartContext, StartMaps, register, shared
 
 
@@ -14,7 +15,9 @@ def explained(context: StartContext) -> StartMaps:
     points = points.to(context.teacher.device)
     gramians = torch.stack(list(reader_gramians(context.teacher, points)))
     pooled = points.mean(0)
-    heard = (gramians / gramians.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]).sum(0)
-    down = most_explained(balanced(pooled, heard, context.hidden_size), points, gramians, on_step=context.on_step)
+    traces = gramians.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    heard = (gramians / traces.clamp_min(torch.finfo(traces.dtype).tiny)).sum(0)
+    fixed = massive(context).to(points)
+    down = most_explained(balanced(pooled, heard, context.hidden_size, fixed), points, gramians, fixed=fixed, on_step=context.on_step)
     down, estimate = gauge(down.double().cpu(), pooled.double().cpu())
     return shared(context, down, estimate)
