@@ -108,9 +108,9 @@ def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: l
     """Everything that decides a fitted start, as one hash."""
     names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "calibration_tap")
     digest = hashlib.sha256(f"{model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
-    texts = [batch["input_ids"] for batch in batches] + [batch["token_mask"] for batch in batches if "token_mask" in batch]
+    texts = [batch[name] for batch in batches for name in ("input_ids", "position_ids", "token_mask") if name in batch]  # with where documents begin
     for tensor in [*texts, *([] if calibration is None else [calibration.scores])]:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,24 +8,26 @@ import gc
 import pytest
 import torch
 from reference_lrc import MODULES, documents, normalised, random_batch, streams, watching
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from red.calibration import Calibration, model_hash
+from red.calibration import LONGEST, Calibration, model_hash
 from red.calibration import calibrate_batches as calibrate
 from red.errors import REDError
 
 WIDTH, LAYERS = 32, 2
+TENSORS = ("scores", "mean", "mean_square", "mean_log_rms", "longest", "tap_square", "covariance", "point_covariance")
 
 
 def brute_force(teacher, batches, tap: str):
-    """(scores, mean_square, covariance, sequences, tokens) by RED's definition, document by document."""
+    """(scores, streams [2L+1, N, d], pooled covariance, sequences, tokens) by RED's definition, document by document."""
     texts = [document for batch in batches for document in documents(batch)]
     norms = [layer_norm for layer in teacher.model.layers for layer_norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     norms.append(teacher.model.norm)
     means, rows = [], []
     for text in texts:
         points = streams(teacher, text)
-        rows.append(torch.stack([normalised(point) for point in points]))  # [2L+1, T, d]
+        rows.append(torch.stack(points))  # [2L+1, T, d]
         if tap == "residual":
             seen = points[::2]
         else:
@@ -33,9 +35,10 @@ def brute_force(teacher, batches, tap: str):
                     for point, norm in zip(points, norms, strict=True)]
         means.append(torch.stack([point.abs().mean(0) for point in seen]))
     scores = torch.stack(means).norm(dim=0).mean(0)  # L2 over the sequences, then the mean over the points
-    z = torch.cat(rows, 1)
+    x = torch.cat(rows, 1)
+    z = normalised(x)
     covariance = torch.einsum("ptc,ptd->cd", z, z) / (z.shape[0] * z.shape[1])
-    return scores, z.square().mean(1), covariance, len(texts), z.shape[1]
+    return scores, x, covariance, len(texts), z.shape[1]
 
 
 def plain_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -57,12 +60,21 @@ BATCHES = {
 @pytest.mark.parametrize("kind", sorted(BATCHES))
 def test_equals_brute_force(tiny_teacher, family, kind, tap):
     teacher, batches = tiny_teacher(family, dtype=torch.float64), BATCHES[kind]()
-    scores, mean_square, covariance, sequences, tokens = brute_force(teacher, batches, tap)
-    found = calibrate(teacher, batches, tap=tap, covariance=True)
+    scores, x, covariance, sequences, tokens = brute_force(teacher, batches, tap)
+    z, rms = normalised(x), x.square().mean(-1).sqrt()
+    found = calibrate(teacher, batches, tap=tap, point_covariance=True)
     assert (found.sequences, found.tokens, found.tap) == (sequences, tokens, tap)
     torch.testing.assert_close(found.scores, scores, rtol=1e-6, atol=0)  # channel_stats returns float32
-    torch.testing.assert_close(found.mean_square, mean_square, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.mean_square, z.square().mean(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.mean, z.mean(1), rtol=0, atol=1e-9)
     torch.testing.assert_close(found.covariance, covariance, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.point_covariance, z.transpose(1, 2) @ z / tokens, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.mean_log_rms, rms.log().mean(1), rtol=0, atol=1e-9)
+    for longest, point, lengths in zip(found.longest.double(), x, rms, strict=True):
+        expected = torch.zeros(LONGEST, WIDTH, dtype=torch.float64)  # of a short text, the rest stays zero
+        expected[: min(LONGEST, tokens)] = point[lengths.argsort(descending=True)[:LONGEST]]
+        torch.testing.assert_close(longest, expected, rtol=0, atol=1e-6)
+    assert found.mean.abs().max() > 0.1 and torch.dist(found.point_covariance[0], found.point_covariance[-1]) > 1, "points differ"
     for index, name in enumerate(MODULES):
         for layer in range(LAYERS):
             outputs = []
@@ -78,27 +90,31 @@ def test_equals_brute_force(tiny_teacher, family, kind, tap):
 
 def test_float32_teacher_is_as_good_as_float32_allows(tiny_teacher):
     teacher, batches = tiny_teacher(), BATCHES["packed"]()
-    scores, mean_square, covariance, *_ = brute_force(copy.deepcopy(teacher).double(), batches, "residual")
-    found = calibrate(teacher, batches, covariance=True)
+    scores, x, covariance, *_ = brute_force(copy.deepcopy(teacher).double(), batches, "residual")
+    z = normalised(x)
+    found = calibrate(teacher, batches, point_covariance=True)
     torch.testing.assert_close(found.scores, scores, rtol=2e-5, atol=0)
-    torch.testing.assert_close(found.mean_square, mean_square, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(found.mean_square, z.square().mean(1), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(found.mean, z.mean(1), rtol=0, atol=2e-6)
     torch.testing.assert_close(found.covariance, covariance, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.point_covariance.double(), z.transpose(1, 2) @ z / z.shape[1], rtol=0, atol=2e-5)
+    assert found.mean.dtype == torch.float64 and found.point_covariance.dtype == torch.float32
 
 
 @pytest.mark.parametrize("tap", ["residual", "norm"])
 def test_padding_never_counts(tiny_teacher, tap):
     """Whatever stands at padding, and however much of it there is."""
     teacher, batch = tiny_teacher(), random_batch(3, 12)
-    reference = calibrate(teacher, [batch], tap=tap, covariance=True)
+    reference = calibrate(teacher, [batch], tap=tap, point_covariance=True)
     other = {**batch, "input_ids": torch.where(batch["token_mask"], batch["input_ids"], 63)}
     padding = torch.full((3, 4), 0)
     longer = {"input_ids": torch.cat([batch["input_ids"], padding + 17], 1), "position_ids": torch.cat([batch["position_ids"], padding], 1),
               "token_mask": torch.cat([batch["token_mask"], padding.bool()], 1)}
     assert not torch.equal(other["input_ids"], batch["input_ids"])
     for changed in (other, longer, {**other, "token_mask": batch["token_mask"].long()}):
-        found = calibrate(teacher, [changed], tap=tap, covariance=True)
+        found = calibrate(teacher, [changed], tap=tap, point_covariance=True)
         assert (found.sequences, found.tokens) == (reference.sequences, reference.tokens)
-        for name in ("scores", "mean_square", "tap_square", "covariance"):
+        for name in TENSORS:
             torch.testing.assert_close(getattr(found, name), getattr(reference, name), rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -112,12 +128,12 @@ def test_a_row_of_padding_alone_is_not_a_sequence(tiny_teacher):
 
 def test_the_split_into_batches_does_not_matter(tiny_teacher):
     teacher, batch = tiny_teacher(dtype=torch.float64), random_batch(6, 12)
-    whole = calibrate(teacher, [batch], covariance=True)
+    whole = calibrate(teacher, [batch], point_covariance=True)
     for size in (1, 2, 4):
         parts = [{key: value[start:start + size] for key, value in batch.items()} for start in range(0, 6, size)]
-        found = calibrate(teacher, iter(parts), covariance=True)
+        found = calibrate(teacher, iter(parts), point_covariance=True)
         assert (found.sequences, found.tokens) == (whole.sequences, whole.tokens)
-        for name in ("scores", "mean_square", "tap_square", "covariance"):
+        for name in TENSORS:
             torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-9, msg=name)
 
 
@@ -127,7 +143,8 @@ def test_defaults_without_positions_and_mask(tiny_teacher):
     found, reference = calibrate(teacher, [{"input_ids": batch["input_ids"]}]), calibrate(teacher, [batch])
     assert (found.sequences, found.tokens) == (2, 16)
     torch.testing.assert_close(found.scores, reference.scores)
-    assert found.covariance is None
+    assert found.covariance is None and found.point_covariance is None
+    assert calibrate(teacher, [batch], covariance=True).point_covariance is None
 
 
 def test_leaves_the_teacher_as_it_was(tiny_teacher):
@@ -160,10 +177,10 @@ def test_memory_does_not_grow_with_the_text(tiny_teacher):
     assert result.tokens == 2 * rows * length
 
 
-@pytest.mark.parametrize("covariance", [False, True])
-def test_round_trip(tiny_teacher, tmp_path, covariance):
+@pytest.mark.parametrize("covariances", [{}, {"covariance": True}, {"point_covariance": True}], ids=["neither", "pooled", "points"])
+def test_round_trip(tiny_teacher, tmp_path, covariances):
     teacher = tiny_teacher()
-    saved = calibrate(teacher, [random_batch()], tap="norm", covariance=covariance, tokenizer_hash="abc")
+    saved = calibrate(teacher, [random_batch()], tap="norm", tokenizer_hash="abc", **covariances)
     saved.save(tmp_path / "deep" / "calibration.safetensors")
     loaded = Calibration.load(tmp_path / "deep" / "calibration.safetensors")
     assert vars(loaded).keys() == vars(saved).keys()
@@ -172,6 +189,16 @@ def test_round_trip(tiny_teacher, tmp_path, covariance):
         assert same, key
     loaded.check(teacher, "abc")
     loaded.check(teacher)  # the tokenizer is not always known
+
+
+@pytest.mark.parametrize("lacking", ["longest", "mean"])
+def test_a_file_of_an_earlier_red_is_refused(tiny_teacher, tmp_path, lacking):
+    calibrate(tiny_teacher(), [random_batch()]).save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        tensors, facts = {key: file.get_tensor(key) for key in file.keys() if key not in ("longest", lacking)}, file.metadata()
+    save_file(tensors, tmp_path / "old.safetensors", metadata=facts)
+    with pytest.raises(REDError, match="old.safetensors is a calibration of an earlier red and lacks statistics. Make it again"):
+        Calibration.load(tmp_path / "old.safetensors")
 
 
 def test_another_model_or_tokenizer_is_refused(tiny_teacher):

@@ -7,10 +7,11 @@ import torch
 from conftest import build_tiny_tokenizer
 from reference_lrc import random_batch
 from test_distill import quick, texts
-from tiny_training import make_trainer
+from tiny_training import make_trainer, settings_of
 
 import red
 from red.calibration import calibrate_batches
+from red.config import REDConfig
 from red_kernels import channel_stats, erank, gather, linear_kd, tap_mse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -56,6 +57,34 @@ def test_calibration_equals_the_cpu(tiny_teacher, family):
     truth = calibrate_batches(tiny_teacher(family), [random_batch()], covariance=True)
     for name in ("scores", "mean_square", "tap_square", "covariance"):
         assert getattr(found, name).device.type == "cpu" and relative(getattr(found, name), getattr(truth, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("start", ["fitted", "balanced"])
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_a_fit_equals_the_cpu(tiny_teacher, tmp_path, family, tied, start):
+    """Calibration, shared map and fit in float64 on both devices, to the norms' own fp32: the same student."""
+    logits, batches, ids = [], [random_batch(8, 24, seed=seed) for seed in range(2)], torch.randint(3, 64, (4, 12))
+    for device in ("cuda", "cpu"):
+        teacher = tiny_teacher(family, tied=tied, dtype=torch.float64).to(device)
+        config = REDConfig(**settings_of(tmp_path, start=start, start_fit="full", use_cpu=device == "cpu"))
+        calibration = calibrate_batches(teacher, batches, point_covariance=True)
+        projections = red.start_projections(teacher, config, calibration, batches, tmp_path / device)
+        assert projections.student.device.type == device and (tmp_path / device / "start.safetensors").is_file()
+        with torch.no_grad():
+            logits.append(projections.student.eval()(ids.to(device)).logits)
+    assert relative(*logits) < 1e-3
+
+
+def test_a_fit_of_a_bf16_teacher(tiny_teacher, tmp_path):
+    """As teacher_dtype=auto loads it: near the fit of the same weights in fp32 on the CPU."""
+    batches, found = [random_batch(8, 24, seed=seed) for seed in range(4)], []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        teacher = tiny_teacher(dtype=torch.bfloat16).to(device, dtype)
+        config = REDConfig(**settings_of(tmp_path, start="balanced", start_fit="full", use_cpu=device == "cpu"))
+        student = red.start_projections(teacher, config, calibrate_batches(teacher, batches, covariance=True), batches).student.eval()
+        with torch.no_grad():
+            found.append(student(batches[0]["input_ids"].to(device)).logits)
+    assert found[0].dtype == torch.float32 and relative(*found) < 0.03
 
 
 @pytest.mark.parametrize("settings", [{}, {"start": "pca"}, {"start": "random", "lrc_faithful": True}], ids=["activation", "pca", "lrc"])

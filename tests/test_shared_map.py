@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 
 import pytest
 import torch
@@ -19,10 +19,9 @@ from red.errors import REDError
 from red.families import norm_paths
 from red.fitting import shared_map
 from red.fitting.least_squares import LeastSquares, sqrt_psd
+from red.fitting.massive import massive_directions
 from red.fitting.shared_map import balanced, explained_shares, gauge, most_explained, reader_gramians
 from red.starts.base import StartContext
-
-eye = torch.eye(WIDTH, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +198,55 @@ def test_explained_explains_more_than_balanced_and_pca(measured):
     assert losses["explained"] < 0.95 * losses["balanced"] < 0.95 * losses["pca"]
 
 
+# ---- massive directions ----
+
+def longest_of(directions, size: float, noise: float = 0.0) -> torch.Tensor:
+    """[3, 16, d]: tokens of RMS 1 everywhere, and at point 1 some of RMS `size` in the span of the directions [k, d]."""
+    tokens = normalised(torch.randn(3, 16, WIDTH))
+    mixed = torch.randn(6, len(directions)) @ directions.float()
+    tokens[1, :6] = size * normalised(normalised(mixed) + noise * torch.randn(6, WIDTH))
+    return tokens
+
+
+def test_massive_directions_are_those_of_the_massive_tokens():
+    two, silent = orthonormal(2, 6).T, torch.zeros(3, dtype=torch.float64)  # mean logarithm of an RMS of 1
+    found = massive_directions(longest_of(two, 50.0), silent)
+    assert found.shape == (WIDTH, 2) and found.dtype == torch.float64
+    close(projector(found), two.T @ two, 1e-6)
+    close(found.T @ found, torch.eye(2, dtype=torch.float64), 1e-10)
+    assert massive_directions(longest_of(two, 7.9), silent).shape == (WIDTH, 0), "long, not massive"
+    assert massive_directions(longest_of(two, 50.0), silent + 2).shape == (WIDTH, 0), "all are as long"
+    assert massive_directions(torch.zeros(3, 16, WIDTH), silent).shape == (WIDTH, 0)
+    assert massive_directions(longest_of(two, 50.0, noise=0.02), silent).shape == (WIDTH, 2), "99 in a hundred is enough"
+    assert massive_directions(longest_of(two, 50.0, noise=1.0), silent, 4).shape == (WIDTH, 4)
+
+
+@pytest.mark.parametrize("name", ["balanced", "explained"])
+def test_massive_directions_are_kept(measured, name):
+    """Though no reader hears them; the rest explains as much as it can beside them."""
+    teacher, *_ = measured
+    calibration, kept = calibrate_batches(teacher, text(), point_covariance=True), orthonormal(2, 6)
+    plain = starts.get(name)(StartContext(teacher, NARROW, calibration)).maps[EMBEDDING]
+    calibration = dataclasses.replace(calibration, longest=longest_of(kept.T, 1000.0), mean_log_rms=torch.zeros(3, dtype=torch.float64))
+    down = starts.get(name)(StartContext(teacher, NARROW, calibration)).maps[EMBEDDING]
+    close(projector(down) @ kept, kept, 1e-5)
+    assert (projector(plain) @ kept - kept).norm() > 0.1
+    loss, free, less = (float((1 - shares(q, measured)).square().mean()) for q in (down, plain, plain[:, :-4]))
+    assert free < loss < less
+
+
+def test_a_climb_beside_fixed_directions(measured):
+    _, _, covariances, gramians = measured
+    fixed, pooled = orthonormal(3, 6), covariances.mean(0)
+    begin = balanced(pooled, gramians.mean(0), NARROW, fixed)
+    found = most_explained(begin, covariances, gramians, fixed=fixed, iterations=30)
+    for down in (begin, found):
+        assert down.shape == (WIDTH, NARROW)
+        close(down.T @ down, torch.eye(NARROW, dtype=torch.float64), 1e-10)
+        close(projector(down[:, :3]), projector(fixed), 1e-10)
+    assert (1 - shares(found, measured)).square().mean() < 0.95 * (1 - shares(begin, measured)).square().mean()
+
+
 # ---- the gauge ----
 
 def test_the_gauge_keeps_lengths_and_the_estimate(measured):
@@ -237,5 +285,5 @@ def test_the_teachers_basis_does_not_matter(tiny_teacher, monkeypatch, tmp_path,
             calibration = calibrate_batches(model, text(), covariance=True, point_covariance=True)
             found.setdefault(settings[0], []).append(logits(red.start_projections(model, config, calibration, text()).student.eval()))
     torch.testing.assert_close(*found["balanced"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(*found["fitted"], rtol=0, atol=2e-2)  # the climb ends near one optimum, by two ways
+    torch.testing.assert_close(*found["fitted"], rtol=0, atol=5e-3)  # the climb ends near one optimum, by two ways
     assert (found["activation"][0] - found["activation"][1]).abs().max() > 1

@@ -31,8 +31,17 @@ def test_missing_or_foreign_calibration_is_refused(tiny_teacher):
         starts.get("activation")(StartContext(teacher, NARROW))
     with pytest.raises(REDError, match="'pca' needs a calibration with covariance.*covariance=True"):
         starts.get("pca")(StartContext(teacher, NARROW, calibrate_batches(teacher, batches)))
+    with pytest.raises(REDError, match="'explained' needs a calibration with point_covariance.*point_covariance=True"):
+        starts.get("explained")(StartContext(teacher, NARROW, calibrate_batches(teacher, batches, covariance=True)))
+    with pytest.raises(REDError, match="'fitted' fits to the calibration text itself. Pass it: batches="):
+        starts.get("fitted")(StartContext(teacher, NARROW, calibrate_batches(teacher, batches, point_covariance=True)))
     with pytest.raises(REDError, match="has 48 channels, the teacher 32"):
         starts.get("activation")(StartContext(teacher, NARROW, calibrate_batches(tiny_teacher(hidden_size=48), batches)))
+
+
+def test_only_fitted_is_fitted_unless_it_is_said():
+    fits = {name: starts.get(name).fit for name in starts.names()}
+    assert fits.pop("fitted") == "full" and set(fits.values()) == {"none"}
 
 
 def test_a_new_start_is_one_file(tiny_teacher, tmp_path, monkeypatch):

@@ -13,14 +13,21 @@ from reference_lrc import documents, normalised, random_batch, streams, use_exac
 
 from red import starts
 from red.calibration import calibrate_batches as calibrate
+from red.fitting.shared_map import most_explained
 from red.projections import Projections
 from red.starts.base import StartContext
 from red.student import build_student
 
 WIDTH, NARROW = 32, 16
-NAMES = ("activation", "activation_lstsq", "orthogonal", "orthogonal_shared", "pca", "random", "random_selection")
+NAMES = ("activation", "activation_lstsq", "balanced", "explained", "orthogonal", "orthogonal_shared", "pca", "random", "random_selection")
 SELECTIONS = ("activation", "activation_lstsq", "random_selection")
 VARIANTS = {"llama": {}, "llama-biases": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}, "qwen3": {}}
+
+
+@pytest.fixture(autouse=True)
+def _short_climb(monkeypatch):
+    """What the climb reaches is test_shared_map.py's."""
+    monkeypatch.setattr("red.starts.explained.most_explained", partial(most_explained, iterations=5))
 
 
 def batches(count: int = 2) -> list[dict]:
@@ -28,7 +35,7 @@ def batches(count: int = 2) -> list[dict]:
 
 
 def context_of(teacher, width: int = NARROW, **settings) -> StartContext:
-    return StartContext(teacher, width, calibrate(teacher, batches(), covariance=True), **settings)
+    return StartContext(teacher, width, calibrate(teacher, batches(), point_covariance=True), **settings)
 
 
 def student_of(teacher, name: str, width: int = NARROW, **settings):
@@ -215,7 +222,7 @@ def test_gaussian_start(tiny_teacher):
 def test_seed(tiny_teacher, name):
     """Equal seeds give equal maps, whatever the global generator did; unequal ones differ only where the start is random."""
     teacher = tiny_teacher()
-    context = partial(StartContext, teacher, NARROW, calibrate(teacher, batches(), covariance=True))
+    context = partial(StartContext, teacher, NARROW, calibrate(teacher, batches(), point_covariance=True))
     first = starts.get(name)(context(seed=1)).maps
     torch.manual_seed(123)
     again, other = (starts.get(name)(context(seed=seed)).maps for seed in (1, 2))

@@ -190,11 +190,18 @@ def _catching_up(details: dict) -> str:
     known = details.get("tokens_to_90", {})
     if not known:
         return ""
-    rows = sorted(known, key=lambda row: known[row]["mean"] or known[row]["budget"] * 2 - sum(tokens is not None for tokens in known[row]["per_seed"]))
+    rows = sorted(known, key=lambda row: _order(known[row]))
     said = [f"{label(row)} {_studied(details, row)}" for row in rows]
     spacing = f" (measured every {_thousands(entry['spacing'])})" if (entry := next(iter(known.values()))).get("spacing") else ""
     return (f"Tokens to 90 % of the teacher's exact match{spacing}, from the full study over {_seeds(known)} seeds, not from this run: "
             f"{'; '.join(said)}.")
+
+
+def _order(entry: dict) -> float:
+    """Fewest tokens first; behind them those of which a seed did not get there, most seeds first."""
+    if entry["mean"] is not None:
+        return entry["mean"]
+    return 2 * entry["budget"] - sum(tokens is not None for tokens in entry["per_seed"])
 
 
 def _seeds(known: dict) -> int:
@@ -222,7 +229,7 @@ def tokens_text(entry: dict) -> str:
 
 
 def _thousands(tokens: float) -> str:
-    return f"{tokens / 1000:,.0f}k"
+    return f"{tokens / 1000:,.0f}k" if tokens else "0"
 
 
 def percent(value: float | None) -> str:

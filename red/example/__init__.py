@@ -39,15 +39,17 @@ __all__ = [
 TEACHERS = {  # name -> (folder here, the script that made it, how long that takes on one thread)
     "chains": ("teacher", "train_teacher", "20 minutes"),
     "massive": ("massive", "train_massive", "10 minutes"),
+    "rich": ("rich", "train_rich --size small", "an hour"),
 }
 
 
 def teacher_path(name: str = "chains") -> str:
-    """The folder of an embedded teacher: config, bf16 weights (1.6 MB), tokenizer, and how it was made (`training.json`).
+    """The folder of an embedded teacher: config, bf16 weights (1.6 to 3.1 MB), tokenizer, and how it was made (`training.json`).
 
     Args:
         name: "chains", trained from scratch on the corpus; "massive", the same one given massive activations, outlier channels
-            and an attention sink as large language models have (`red.example.train_massive`).
+            and an attention sink as large language models have (`red.example.train_massive`); "rich", a Qwen3 with tied embeddings that solves
+            five kinds of problem (`red.example.rich_corpus`, `red.example.train_rich`).
 
     Raises:
         REDError: no such teacher.

@@ -24,7 +24,7 @@ from red.errors import REDError
 from red.fitting.layers import HalfLayer, Streams, half_layers, normalised, run_block, writer_input
 from red.fitting.least_squares import LeastSquares
 from red.fitting.resume import StartFolder
-from red.fitting.tied import tied_gain
+from red.fitting.tied import tied_basis, tied_gain
 from red.student import build_student
 
 FITS = ("none", "readers", "full")
@@ -51,7 +51,7 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
         on_progress: called after each read point.
 
     Returns:
-        New maps of all readers, writers and gains, fp64 on the CPU; the embedding's map is unchanged.
+        New maps of all readers, writers and gains, fp64 on the CPU; the embedding's map is unchanged, or for a tied teacher whose writers are fitted, turned.
 
     Raises:
         REDError: no token, activations that are not finite, or a singular problem.
@@ -170,10 +170,20 @@ class _Fit:
             self.streams.student[place] = (student + run_block(self.student, half, student, arguments)).cpu()
 
     def head(self) -> tuple[dict[str, Tensor], str]:
-        """The last norm and the head; a tied head has no map of its own, its norm's gain is fitted instead."""
+        """The last norm and the head. A tied head has no map of its own: the whole student is turned into the basis that serves it best, or, where
+        the writing side is not to be touched, its norm's gain is fitted."""
         estimate, second, share = self.estimate("model.norm")
-        if families.is_tied(self.teacher):
-            gain = tied_gain(self.teacher.get_output_embeddings().weight, self.down, estimate.T, second)
-            return {"model.norm.weight": gain}, f"explained {share:.4f}, read through the tied embedding"
-        gain = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
-        return {"lm_head.weight": estimate.T / self.scale, "model.norm.weight": gain}, f"explained {share:.4f}"
+        if not families.is_tied(self.teacher):
+            gain = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
+            return {"lm_head.weight": estimate.T / self.scale, "model.norm.weight": gain}, f"explained {share:.4f}"
+        embedding, report = self.teacher.get_output_embeddings().weight, f"explained {share:.4f}, read through the tied embedding"
+        if self.writer_ridge is None:
+            return {"model.norm.weight": tied_gain(embedding, self.down, estimate.T, second)}, report
+        rotation, gain = tied_basis(embedding, self.down, estimate.T, second)
+        return {**turned(self.maps, rotation), "model.norm.weight": gain}, report
+
+
+def turned(maps: dict[str, Tensor], rotation: Tensor) -> dict[str, Tensor]:
+    """The maps of the same student with its stream turned, `x_S R`; gains must be constant over channels, and are left as they are."""
+    writers = tuple(f"{path}.weight" for path in families.WRITERS.values())
+    return {name: value if value.dim() == 1 else rotation.T @ value if name.endswith(writers) else value @ rotation for name, value in maps.items()}

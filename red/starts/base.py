@@ -20,7 +20,7 @@ from red import families
 from red.calibration import Calibration
 from red.errors import REDError
 from red.files import nearest
-from red.fitting.tied import tied_gain
+from red.fitting.tied import tied_basis
 
 NEEDS = ("scores", "covariance", "point_covariance", "batches")
 
@@ -173,28 +173,29 @@ def shared(context: StartContext, down: Tensor, estimate: Tensor | None = None) 
         estimate: `O [d', d]`, the stream from the student's, with `|x Q| = |x Q O|` (red.fitting.shared_map.gauge). None: `Qᵀ`.
 
     The teacher's gains are folded into the readers, because a gain per channel does not commute with a rotation. A tied head cannot
-    fold: without an estimate its gain is the diagonal of `downᵀ diag(g) down`, the nearest diagonal gain in the Frobenius norm, with one
-    that which comes nearest to the logits. The scale of the others is `sqrt(tr(downᵀ C down) / d')` (`selection_scales` in the rotated
-    basis, pooled over the norms), or `sqrt(d / d')` where the estimate is as long as the stream.
+    fold: without an estimate its gain is the diagonal of `downᵀ diag(g) down`, the nearest diagonal gain in the Frobenius norm; with one the
+    student is turned into the basis in which a gain comes nearest to the logits (red/fitting/tied.py). The scale of the others is
+    `sqrt(tr(downᵀ C down) / d')` (`selection_scales` in the rotated basis, pooled over the norms), or `sqrt(d / d')` where the estimate is as
+    long as the stream.
     """
     scale, covariance = 1.0, context.calibration.covariance if context.calibration is not None else None
     if context.norm_scale and estimate is not None:
         scale = (down.shape[0] / down.shape[1]) ** 0.5
     elif context.norm_scale and covariance is not None:
         scale = float(((down.T @ covariance) * down.T).sum() / down.shape[1]) ** 0.5
+    tied, gains = families.is_tied(context.teacher), {norm: torch.full((down.shape[1],), scale, dtype=torch.float64) for norm in context.norms}
+    last = context.gain("model.norm")[:, None]
+    if tied and estimate is None:
+        gains["model.norm"] = scale * (down * last * down).sum(0)
+    elif tied:
+        second = down.T @ _second_moment(context) @ down
+        rotation, gains["model.norm"] = tied_basis(context.teacher.get_output_embeddings().weight, down, scale * last * estimate.T,
+                                                   second / second.diagonal().mean())
+        down, estimate = down @ rotation, rotation.T @ estimate
     up = down if estimate is None else estimate.T
-    maps = {context.embedding: down, **{name: down.T for name in context.writers()}}
+    maps = {context.embedding: down, **{name: down.T for name in context.writers()}, **{f"{norm}.weight": gain for norm, gain in gains.items()}}
     for name, norm in context.readers():
         maps[name] = context.gain(norm)[:, None] * up
-    for norm in context.norms:
-        maps[f"{norm}.weight"] = torch.full((down.shape[1],), scale, dtype=torch.float64)
-        if norm == "model.norm" and families.is_tied(context.teacher):
-            wanted = context.gain(norm)[:, None] * up
-            if estimate is None:
-                maps[f"{norm}.weight"] = scale * (down * wanted).sum(0)
-            else:
-                second = down.T @ _second_moment(context) @ down
-                maps[f"{norm}.weight"] = tied_gain(context.teacher.get_output_embeddings().weight, down, scale * wanted, second / second.diagonal().mean())
     return StartMaps(maps)
 
 
