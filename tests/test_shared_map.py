@@ -18,7 +18,7 @@ from red.config import REDConfig
 from red.errors import REDError
 from red.families import norm_paths
 from red.fitting import shared_map
-from red.fitting.least_squares import LeastSquares, sqrt_psd
+from red.fitting.least_squares import LeastSquares, solve, sqrt_psd
 from red.fitting.massive import massive_directions
 from red.fitting.shared_map import balanced, explained_shares, gauge, most_explained, reader_gramians
 from red.starts.base import StartContext
@@ -100,6 +100,21 @@ def test_gramians_equal_brute_force(tiny_teacher, family, tied):
         close(gramian, total / len(readers), 1e-8, path)
         heard = (normalised(point) @ gramian * normalised(point)).sum(1).mean()
         assert float(heard) == pytest.approx(1), "E|z R|² is 1 at every point"
+
+
+def test_rounding_below_zero_is_no_obstacle():
+    """fp32 sums of activations that one direction dominates are indefinite beyond a small ridge; the solution is still that of fp64 sums."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(4000, 24, generator=draw, dtype=torch.float64)
+    x[:, 12:] = x[:, :12] @ torch.randn(12, 12, generator=draw, dtype=torch.float64)  # singular
+    x[::50] += 2e4 * torch.randn(24, generator=draw, dtype=torch.float64)
+    y = x @ torch.randn(24, 3, generator=draw, dtype=torch.float64)
+    coarse, ridge = (x.float().T @ x.float()).double(), 1e-10
+    scale = float(coarse.diagonal().mean())
+    assert torch.linalg.cholesky_ex(coarse + ridge * scale * torch.eye(24)).info, "the fp32 sums are indefinite here"
+    found = solve(coarse, (x.float().T @ y.float()).double(), ridge)
+    assert float((x @ found - y).square().sum() / y.square().sum()) < 1e-4
+
 
 
 def test_shares_equal_a_regression(measured):

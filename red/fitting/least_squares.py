@@ -42,19 +42,29 @@ class LeastSquares:
 
 
 def solve(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
-    """`(xx + ridge·tr(xx)/n·I)⁻¹ xy` by Cholesky in fp64; REDError where `xx` is not finite, or singular and the ridge too small."""
+    """`(xx + ridge·tr(xx)/n·I)⁻¹ xy` by Cholesky in fp64.
+
+    Products in fp32 of activations that one direction dominates leave eigenvalues below zero, perhaps further than the ridge lifts them; the ridge
+    is then twice the lowest of them.
+
+    Raises:
+        REDError: `xx` or `xy` is not finite, or `xx` is singular and there is no ridge.
+    """
     n = len(xx)
     scale = float(xx.diagonal().mean())
     if not torch.isfinite(xx).all() or not torch.isfinite(xy).all():
         raise REDError("The activations that a fit solves for are NaN or infinite. Check the teacher's weights, and load it in fp32 or bf16.")
     if scale == 0:  # nothing moves, as in a module of zeros
         return torch.zeros_like(xy, dtype=torch.float64)
-    shifted = xx.double() + ridge * scale * torch.eye(n, dtype=torch.float64, device=xx.device)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if info.item():
+    xx, xy = xx.double(), xy.double()
+    factor, info = torch.linalg.cholesky_ex(xx + ridge * scale * torch.eye(n, dtype=torch.float64, device=xx.device))
+    if not info.item():
+        return torch.cholesky_solve(xy, factor)
+    if ridge <= 0:
         raise REDError(f"A least-squares problem of {n} unknowns is singular with ridge={ridge:g}: the calibration text does not move all of them. "
-                       "Give a larger ridge (1e-3), or more calibration_samples.")
-    return torch.cholesky_solve(xy.double(), factor)
+                       "Give a larger ridge (1e-4), or more calibration_samples.")
+    lifted = -2 * torch.linalg.eigvalsh(xx)[0].item()  # rounding reaches as far above zero as below: what is smaller means nothing
+    return torch.linalg.solve(xx + lifted * torch.eye(n, dtype=torch.float64, device=xx.device), xy)
 
 
 def sqrt_psd(matrix: Tensor) -> Tensor:

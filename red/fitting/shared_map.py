@@ -72,9 +72,9 @@ def explained_shares(down: Tensor, covariances: Tensor, heard: Tensor, totals: T
         covariances, heard: `C_i` and `C_i M_i C_i`, [points, d, d].
         totals: `tr(M_i C_i)`, [points].
     """
-    kept = down.T @ covariances @ down  # [points, d', d']
+    kept = _seen_through(down, covariances)  # [points, d', d']
     ridge = RIDGE * torch.eye(down.shape[1], dtype=down.dtype, device=down.device) * kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    gained = torch.linalg.solve(kept + ridge, down.T @ heard @ down)
+    gained = torch.linalg.solve(kept + ridge, _seen_through(down, heard))
     return gained.diagonal(dim1=-2, dim2=-1).sum(-1) / totals.clamp_min(torch.finfo(totals.dtype).tiny)
 
 
@@ -120,6 +120,11 @@ def gauge(down: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     estimate = solve(down.T @ covariance @ down, down.T @ covariance, RIDGE).to(down)
     root = sqrt_psd(estimate @ estimate.T)
     return down @ root, torch.linalg.solve(root, estimate)
+
+
+def _seen_through(down: Tensor, matrices: Tensor) -> Tensor:
+    """`Qᵀ S Q` of symmetric `S` [points, d, d]. `Qᵀ @ S` first would copy every `S` to fold its product, and keep the copy for the gradient."""
+    return (matrices @ down).mT @ down
 
 
 def _root(matrix: Tensor) -> Tensor:
