@@ -42,11 +42,15 @@ def main(words: Sequence[str] | None = None) -> None:
     find = {name: teachers.find(name) for name in everyone}
     varied = next(iter(find.values()))
 
+    asked = {find[name].name for name in named}
+
     def usual(teacher: teachers.Teacher) -> list[int]:
         return [round(share * teacher.width) for share in SHARES]
 
-    whole = Grids(lines, list(find.values()), varied, lambda teacher: sorted({*usual(teacher), *(args.widths or ())}, reverse=True), args.seeds,
-                  smaller=args.smaller)
+    def shown(teacher: teachers.Teacher) -> list[int]:
+        return sorted({*usual(teacher), *(args.widths if args.widths and teacher.name in asked else ())}, reverse=True)
+
+    whole = Grids(lines, list(find.values()), varied, shown, args.seeds, smaller=args.smaller)
     part = Grids(lines, [find[name] for name in named], varied, lambda teacher: args.widths or usual(teacher), args.seeds, args.rows, args.smaller)
     failures: dict[str, str] = {}
     if not args.no_run:

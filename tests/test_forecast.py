@@ -66,7 +66,7 @@ def test_streamed_accumulators_do_not_grow_with_the_depth():
     assert beside[False][0] == beside[False][1] == beside[False][2] == 8 * 2 * (1024**2 + 1024 * 512)
     points = [2 * layers + 1 for layers in (8, 16, 32)]
     grown = forecast(config_of(), 512, 1).device_bytes - forecast(config_of(num_hidden_layers=16), 512, 1).device_bytes
-    assert grown == 4 * (points[2] - points[1]) * (3 * 4096**2 + 2 * 4096 * 512)
+    assert grown == 4 * (points[2] - points[1]) * (3 * 4096**2 + 4 * 4096 * 512 + 4 * 512**2)
 
 
 def test_numbers_of_an_eight_billion_teacher():
@@ -77,7 +77,7 @@ def test_numbers_of_an_eight_billion_teacher():
     matrices = 2 * 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)  # multiplications and additions of a token in the teacher's layers
     assert 3 * matrices * 131072 < found.flops < 12 * matrices * 131072  # passes of the teacher; the climb costs as much as four
     assert found.seconds == found.flops / 1e14 and 2 < found.seconds / 60 < 4
-    assert 13e9 < found.device_bytes < 20e9, "the climb holds three matrices of each point"
+    assert 25e9 < found.device_bytes < 28e9, "the climb holds six matrices of each point, test_fitting_review.py measures it"
     words = str(found)
     assert "TFLOP, about" in words and f"{found.host_bytes / GIB:.2g} GiB on the host" in words and "beside the teacher" in words
     assert "rate" not in str(forecast(config_of(), 2048, 131072))

@@ -108,10 +108,17 @@ def test_the_finished_runs_of_the_repository_count():
     assert narrow.run("pca", 1e-3, 0, 150).hidden_size == 48 and narrow.chosen("pca", 0) is None
 
 
+def test_runs_of_another_text_say_so_in_their_key():
+    study = Study(teachers.find("rich"), 60, Lines(Path("none")))
+    run = study.run("pca", 1e-3, 0, 150)
+    assert (run.corpus, run.length, run.hidden_size) == ("rich", 128, 60) and '"corpus": "rich"' in study.key(run, "test")
+
+
 def test_a_new_field_stays_out_of_a_key_at_its_default(study, monkeypatch):
     run = study.run("pca", 1e-3, 0, 150)
-    assert trained.KEYED == {part.name for part in dataclasses.fields(StudentRun)}
+    assert trained.KEYED | {"corpus"} == {part.name for part in dataclasses.fields(StudentRun)}
     key = study.key(run, "test")
+    assert run.corpus == "chains" and run.length == 112 and "corpus" not in key
     monkeypatch.setattr(trained, "KEYED", trained.KEYED - {"easy_texts"})  # as if it had come later
     assert "easy_texts" not in study.key(run, "test") and "easy_texts" in key
     assert "easy_texts" in study.key(dataclasses.replace(run, easy_texts=7), "test")

@@ -14,17 +14,25 @@ from benchmarks import untrained as untrained_script
 from benchmarks.study import autoencoder, grids, pool, teachers
 from benchmarks.study.cells import Cell, measure
 from benchmarks.study.lines import Lines
-from red.demo.experiment import StudentRun, calibration_rows, calibration_tokens, run_config, run_student, teacher_and_tokenizer
-from red.demo.suite import Suite
+from red.demo import suite as measured
+from red.demo.experiment import StudentRun, calibration_rows, calibration_tokens, run_config, run_student, teacher_and_tokenizer, training_text
+from red.demo.suite import CORPORA, Suite, by_kind, corpus_of
 from red.erank import _watching
-from red.example import documents, tokenized
+from red.errors import REDError
+from red.evaluate import _by_steps
+from red.example import documents, rich_corpus, tokenized
 from red.prepare import ready_calibration
-from tiny_example import save_tiny_teacher
+from tiny_example import save_tiny_rich_teacher, save_tiny_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return save_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def rich_teacher(tmp_path_factory):
+    return save_tiny_rich_teacher(tmp_path_factory.mktemp("teachers") / "tiny rich")
 
 
 def test_rotated_teachers_are_the_same_function_and_made_once(tmp_path, monkeypatch):
@@ -67,14 +75,68 @@ def test_calibration_tokens_are_those_that_the_trainer_reads(teacher):
     assert calibration_tokens(dataclasses.replace(run, options={"lrc_faithful": True}), tokenizer) == calibration.tokens
 
 
-def test_an_untrained_cell_is_where_a_run_begins(teacher):
+@pytest.mark.parametrize("name, text", [("teacher", {}), ("rich_teacher", {"corpus": "rich", "length": 128})])
+def test_an_untrained_cell_is_where_a_run_begins(name, text, request):
+    teacher = request.getfixturevalue(name)
     sizes = dict(easy_texts=4, erank_tokens=150, calibration_samples=4)
     cell = measure(Cell("activation", 16, 3, options={"start_fit": "readers"}, problems=3, **sizes), teacher)
-    run = StudentRun("activation", 1e-3, 3, steps=1, rows=2, problems=2, final_problems=3, options={"start_fit": "readers"}, **sizes)
+    run = StudentRun("activation", 1e-3, 3, steps=1, rows=2, problems=2, final_problems=3, options={"start_fit": "readers"}, **sizes, **text)
     start = run_student(run, teacher_path=teacher, device="cpu")["history"][0]
     for key in ("exact_match", "easy_accuracy", "easy_perplexity", "kl_easy", "kl_reasoning"):
         assert cell[key] == pytest.approx(start[key], rel=1e-6), key
     assert cell["erank"] == pytest.approx(start["erank"], rel=1e-6) and cell["calibration_tokens"] > 200
+
+
+def test_a_cells_key_stays():
+    expected = {"start": "pca", "width": 64, "seed": 3, "split": "test", "options": {}, "calibration_samples": 64, "reasoning_share": 0.5, "problems": 250,
+                "easy_texts": 100, "erank_tokens": 4000}
+    assert Cell("pca", 64, 3).key(teachers.Teacher("any", "nowhere", "hash")) == json.dumps([expected, "hash"], sort_keys=True)
+
+
+# ---- the text of a teacher ----
+
+
+def test_a_teachers_text_is_known_by_its_folder(rich_teacher, tmp_path):
+    assert {name: teachers.find(name).corpus for name in ("chains", "massive", "rich", rich_teacher)} == {
+        "chains": "chains", "massive": "chains", "rich": "rich", rich_teacher: "rich"}
+    (tmp_path / "training.json").write_text('{"level": "full"}')
+    with pytest.raises(REDError, match="level='full', for which there is no suite"):
+        corpus_of(str(tmp_path))
+
+
+def test_the_rich_text_of_a_run(rich_teacher):
+    _, tokenizer = teacher_and_tokenizer(rich_teacher, "cpu")
+    run = StudentRun("pca", 1e-3, steps=10, rows=4, corpus="rich", length=128)
+    text = training_text(run, tokenizer)
+    assert max(len(row["input_ids"]) for row in text) <= CORPORA["rich"].length
+    asking = sum(len(row["input_ids"]) for row in text if row["labels"][1] == -100)
+    assert asking / sum(len(row["input_ids"]) for row in text) == pytest.approx(0.5, abs=0.05)
+    words = {word for row in text for word in tokenizer.decode(row["input_ids"]).split()}
+    assert {"max", "ann", "10", "lamp", "garden"} <= words and "22" not in words
+    everything = tokenized(CORPORA["rich"].documents(0, "test", 1.0), tokenizer, 3000)
+    assert all(row["labels"][1] == -100 for row in everything) and everything[:3] != text[:3]
+    for kind, steps in CORPORA["rich"].steps.items():
+        fewest, most = rich_corpus.LEVELS["small"].steps[kind]
+        assert fewest == min(steps) and most == max(steps)
+    assert set(CORPORA["rich"].steps) == set(rich_corpus.KINDS)
+
+
+def test_exact_match_of_several_kinds_is_their_mean(rich_teacher, monkeypatch):
+    model, tokenizer = teacher_and_tokenizer(rich_teacher, "cpu")
+    suite = Suite(tokenizer, StudentRun("pca", 1e-3, problems=2, final_problems=3, easy_texts=3, erank_tokens=100, corpus="rich", length=128), "test")
+    seen = []
+
+    def two_steps_at_most(model, tokenizer, problems):
+        seen.extend(problems)
+        return _by_steps(problems, [problem.steps <= 2 for problem in problems])
+
+    monkeypatch.setattr(measured, "forced_exact_match", two_steps_at_most)
+    found = suite.light(model)
+    shares = {"chain": 1 / 3, "shuffled": 1 / 3, "lookup": 1 / 2, "facts": 1 / 2, "copy": 0.0}
+    assert by_kind(found["exact_match_by_steps"]) == pytest.approx(shares) and found["exact_match"] == pytest.approx(sum(shares.values()) / 5)
+    assert list(found["exact_match_by_steps"]) == [f"{kind} {n}" for kind, steps in CORPORA["rich"].steps.items() for n in steps]
+    assert len(seen) == 2 * 12 and {problem.kind for problem in seen} == set(shares) and {rich_corpus.split_of(problem.question) for problem in seen} == {"test"}
+    assert by_kind({"2": 0.5, "8": 0.25}) == {"2": 0.5, "8": 0.25}
 
 
 # ---- untrained ----
@@ -100,6 +162,16 @@ def test_untrained_tables(teacher, tmp_path, monkeypatch, capsys):
     untrained_script.main([*words, "--no-run"])
     assert (tmp_path / "untrained_runs.jsonl").read_text() == lines and capsys.readouterr().out.strip().endswith(said.strip()[-200:])
     assert (tmp_path / "untrained.svg").is_file()
+
+
+def test_untrained_table_of_several_kinds(rich_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(autoencoder, "NAMES", ("pca",))
+    monkeypatch.setattr(autoencoder.measure, "__defaults__", ((0, 3), 200))
+    untrained_script.main(["--smoke", "--out", str(tmp_path), "--teachers", rich_teacher, "--widths", "16", "--seeds", "0", "--rows", "pca", "--jobs", "1",
+                           "--tables", "main", "autoencoder"])
+    found = json.loads((tmp_path / "untrained.json").read_text())
+    assert len(found["main"]["tiny rich"]["widths"]["16"]["pca"]["exact_match_by_steps"]) == 12 and "16" in found["autoencoder"]["tiny rich"]
+    assert "| by kind (chain, shuffled, lookup, facts, copy) |" in capsys.readouterr().out
 
 
 def test_a_failing_cell_does_not_end_the_others(tmp_path):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from red.demo.experiment import StudentRun, calibration_rows, run_config, teacher_and_tokenizer
+from red.demo.suite import CORPORA, corpus_of
 from red.evaluate import encode, evaluating, pad
-from red.example import documents, tokenized
+from red.example import tokenized
 from red.prepare import calibration_batches, ready_calibration, start_maps
 from red_kernels import erank
 
@@ -26,9 +27,9 @@ STEPS = (0, 100, 1000)  # of Adam, at which the figures are taken: the paper's 1
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def states(model, tokenizer, tokens: int = TOKENS) -> list[Tensor]:
+def states(model, tokenizer, tokens: int = TOKENS, corpus: str = "chains") -> list[Tensor]:
     """L + 1 tensors [tokens, d]: the stream after the embedding and after each layer on held-out text, each of mean square 1."""
-    rows = sorted((ids for ids, _ in encode(tokenizer, tokenized(documents(2, "test"), tokenizer, tokens))), key=len)
+    rows = sorted((ids for ids, _ in encode(tokenizer, tokenized(CORPORA[corpus].documents(2, "test", 0.5), tokenizer, tokens))), key=len)
     seen: list[list[Tensor]] = []
     with evaluating(model):
         for place in range(0, len(rows), 64):
@@ -47,10 +48,11 @@ def states(model, tokenizer, tokens: int = TOKENS) -> list[Tensor]:
     return [state / state.square().mean().sqrt() for state in whole]
 
 
-def pair(start: str, width: int, seed: int, teacher, tokenizer) -> tuple[Tensor, Tensor]:
+def pair(start: str, width: int, seed: int, teacher, tokenizer, corpus: str = "chains") -> tuple[Tensor, Tensor]:
     """`(Q [d, d'], O [d', d])` as a start begins: `Q` its embedding's map. `O` is the map of a module of its own where a start has one for each
     (random, orthogonal), `Qᵀ` where the columns of `Q` are orthonormal, else the linear estimate from `X Q`."""
-    run = StudentRun(start=start, learning_rate=0.0, seed=seed, hidden_size=width, options={"start_fit": "none"})
+    run = StudentRun(start=start, learning_rate=0.0, seed=seed, hidden_size=width, options={"start_fit": "none"}, corpus=corpus,
+                     length=CORPORA[corpus].length)
     config, rows = run_config(run, teacher, "unused", "cpu"), calibration_rows(run, tokenizer)
     calibration = ready_calibration(teacher, config, rows=rows, tokenizer=tokenizer)
     down = start_maps(teacher, config, calibration, calibration_batches(rows, config.calibration_samples)).maps
@@ -87,8 +89,9 @@ def train(x: Tensor, q: Tensor, o: Tensor, *, steps: tuple[int, ...] = STEPS, le
 def measure(start: str, width: int, seed: int, teacher_path: str, steps: tuple[int, ...] = STEPS, tokens: int = TOKENS) -> dict:
     """`{"steps", "loss", "erank"}`, each a list with an entry for each of `steps`, means over the states; `teacher_erank`, that of the states themselves."""
     teacher, tokenizer = teacher_and_tokenizer(teacher_path, "cpu")
-    layers = states(teacher, tokenizer, tokens)
-    down, up = pair(start, width, seed, teacher, tokenizer)
+    corpus = corpus_of(teacher_path)
+    layers = states(teacher, tokenizer, tokens, corpus)
+    down, up = pair(start, width, seed, teacher, tokenizer, corpus)
     runs = [train(x, down, up, steps=steps) for x in layers]
     return {"steps": list(steps), **{key: [sum(run[place][key] for run in runs) / len(runs) for place in range(len(steps))] for key in ("loss", "erank")},
             "teacher_erank": sum(float(erank(x, invalid="nan")) for x in layers) / len(layers)}

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from red.demo.experiment import StudentRun, calibration_rows, run_config, teacher_and_tokenizer
-from red.demo.suite import Suite
+from red.demo.suite import CORPORA, Suite, corpus_of
 from red.prepare import calibration_batches, ready_calibration, start_projections
 
 from benchmarks.study.teachers import Teacher
@@ -19,7 +19,7 @@ DEFAULTS = StudentRun(start="", learning_rate=0.0)
 
 @dataclass(frozen=True)
 class Cell:
-    """The settings of one untrained student; `calibration_samples` rows of the text that `seed` and `reasoning_share` decide."""
+    """The settings of one untrained student; `calibration_samples` rows of its teacher's text, which `seed` and `reasoning_share` decide."""
 
     start: str
     width: int
@@ -35,18 +35,18 @@ class Cell:
     def key(self, teacher: Teacher) -> str:
         return json.dumps([dataclasses.asdict(self), teacher.key], sort_keys=True)
 
-    def run(self) -> StudentRun:
+    def run(self, corpus: str = "chains") -> StudentRun:
         """The student run that would begin so."""
         return StudentRun(start=self.start, learning_rate=0.0, seed=self.seed, hidden_size=self.width, calibration_samples=self.calibration_samples,
                           reasoning_share=self.reasoning_share, final_problems=self.problems, easy_texts=self.easy_texts,
-                          erank_tokens=self.erank_tokens, options=self.options)
+                          erank_tokens=self.erank_tokens, options=self.options, corpus=corpus, length=CORPORA[corpus].length)
 
 
 def measure(cell: Cell, teacher_path: str) -> dict:
     """`{"exact_match", "exact_match_by_steps", "easy_accuracy", "easy_perplexity", "kl_easy", "kl_reasoning", "erank", "seconds" (of calibration and
     start), "calibration_tokens", "parameters" (of the student)}`."""
     teacher, suite = _teacher_and_suite(teacher_path, cell)
-    run = cell.run()
+    run = cell.run(suite.run.corpus)
     rows = calibration_rows(run, suite.tokenizer)
     config = run_config(run, teacher, "unused", "cpu")
     started = time.perf_counter()
@@ -66,7 +66,8 @@ def measure_teacher(cell: Cell, teacher_path: str) -> dict:
 def _loaded(path: str, sizes: tuple):
     teacher, tokenizer = teacher_and_tokenizer(path, "cpu")
     split, problems, easy_texts, erank_tokens = sizes
-    run = dataclasses.replace(DEFAULTS, final_problems=problems, easy_texts=easy_texts, erank_tokens=erank_tokens)
+    run = dataclasses.replace(DEFAULTS, final_problems=problems, easy_texts=easy_texts, erank_tokens=erank_tokens,
+                              corpus=corpus_of(path))
     return teacher, Suite(tokenizer, run, split, teacher)
 
 

@@ -24,7 +24,7 @@ from benchmarks.study.lines import Lines
 from benchmarks.study.rows import ROWS, SEEDS, UNTRAINED_ROWS
 from benchmarks.study.teachers import Teacher
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # rows of 112 tokens
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # rows of 112 tokens (of the varied teacher)
 DOMAINS = {"reasoning": 1.0, "mixed": 0.5, "easy text": 0.0}  # the share of reasoning in the calibration text
 READER_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 WRITER_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

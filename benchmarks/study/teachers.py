@@ -1,9 +1,10 @@
-"""The teachers of the study, each a folder with a model and the example's tokenizer.
+"""The teachers of the study, each a folder with a model and an embedded example's tokenizer.
 
     chains         the embedded one
     principal      the same function, its stream rotated into its principal basis: few channels carry most
     random basis   the same function, its stream rotated at random: all channels carry alike
     massive        one with massive activations, as large models have them
+    rich           a larger one with tied embeddings, of another family, that solves five kinds of problem; its text is its own
 
 The rotated ones are made when first needed and kept in the temporary folder.
 """
@@ -16,13 +17,15 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import red
 from red.demo.experiment import StudentRun, teacher_and_tokenizer, training_text
-from red.example import teacher_path
+from red.demo.suite import corpus_of
+from red.example import TEACHERS, teacher_path
 
-NAMES = ("chains", "principal", "random basis", "massive")
+NAMES = ("chains", "principal", "random basis", "massive", "rich")
 BASIS_SEED = 5
 
 
@@ -39,12 +42,17 @@ class Teacher:
     def width(self) -> int:
         return json.loads((Path(self.folder) / "config.json").read_text())["hidden_size"]
 
+    @cached_property
+    def corpus(self) -> str:
+        """Its text's name in red.demo.suite."""
+        return corpus_of(self.folder)
+
 
 def find(name: str) -> Teacher:
     """The teacher of that name, or of that folder."""
     if name in ("principal", "random basis"):
         return _rotated(name, find("chains"))
-    folder = teacher_path() if name == "chains" else teacher_path("massive") if name == "massive" else name
+    folder = teacher_path(name) if name in TEACHERS else name
     return Teacher(name if name in NAMES else Path(folder).name, folder, _hash(folder))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from red.demo.experiment import StudentRun, calibration_tokens, teacher_and_tokenizer
-from red.demo.suite import Suite
+from red.demo.suite import CORPORA, Suite
 
 from benchmarks.study.lines import Lines
 from benchmarks.study.rows import EVERY, GRID, HORIZONS, ROWS, SWEEP_SEED, measured_at
@@ -57,7 +57,9 @@ class Study:
     def run(self, row: str, rate: float, seed: int, steps: int) -> StudentRun:
         start, options = ROWS[row]
         half = 2 * self.width == self.teacher.width
-        return StudentRun(start=start, learning_rate=rate, seed=seed, steps=steps, hidden_size=None if half else self.width, options=options, **self.sizes)
+        text = {"corpus": self.teacher.corpus, "length": CORPORA[self.teacher.corpus].length}
+        return StudentRun(start=start, learning_rate=rate, seed=seed, steps=steps, hidden_size=None if half else self.width, options=options,
+                          **{**text, **self.sizes})
 
     def key(self, run: StudentRun, split: str) -> str:
         settings = {part.name: getattr(run, part.name) for part in dataclasses.fields(run)

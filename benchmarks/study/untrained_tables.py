@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from red.demo.suite import by_kind
 from red.demo.summary import label, number, percent
 
 
@@ -28,8 +29,9 @@ def markdown(found: dict) -> str:
 
 def main(rows: Mapping[str, dict], teacher: dict | None) -> str:
     """One teacher and width, what solves most first."""
-    steps = list(next(iter(rows.values()))["exact_match_by_steps"])
-    lines = _head(["start", "seeds", "exact match", f"by steps ({', '.join(steps)})", "easy accuracy", "easy perplexity", "KL: easy", "KL: reasoning",
+    steps = next(iter(rows.values()))["exact_match_by_steps"]
+    by = "by steps" if len(by_kind(steps)) == len(steps) else "by kind"
+    lines = _head(["start", "seeds", "exact match", f"{by} ({', '.join(by_kind(steps))})", "easy accuracy", "easy perplexity", "KL: easy", "KL: reasoning",
                    "eRank by layer", "seconds"])
     if teacher is not None:
         lines.append(_line(["teacher", "", percent(teacher["exact_match"]), _shares(teacher["exact_match_by_steps"]), percent(teacher["easy_accuracy"]),
@@ -95,4 +97,4 @@ def _numbers(values: list) -> str:
 
 
 def _shares(by_steps: Mapping[str, float]) -> str:
-    return ", ".join(f"{100 * share:.0f}" for share in by_steps.values())
+    return ", ".join(f"{100 * share:.0f}" for share in by_kind(by_steps).values())

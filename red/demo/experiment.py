@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 import red
 from red import data, starts
-from red.demo.suite import Suite
+from red.demo.suite import CORPORA, Suite
 from red.errors import REDError
-from red.example import documents, tokenized
+from red.example import tokenized
 from red.prepare import load_teacher
 
 FIRST_PHASE = 0.3  # the share of the training after which a collapse shows: the middle one of the three full measurements
@@ -48,6 +48,7 @@ class StudentRun:
     easy_texts: int = 100
     erank_tokens: int = 4000
     options: dict = field(default_factory=dict)  # further REDConfig fields, such as {"norm_scale": False}
+    corpus: str = "chains"  # a key of CORPORA: the text that it is trained, calibrated and measured on
 
     @property
     def positions_per_step(self) -> int:
@@ -122,7 +123,7 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
 def training_text(run: StudentRun, tokenizer) -> list[dict]:
     """Fresh documents of the train split for every step of the run, decided by `run.seed`."""
     tokens = int(PACKING_SLACK * run.positions_per_step * run.steps) + 4 * run.positions_per_step
-    return tokenized(documents(run.seed, "train", reasoning_share=run.reasoning_share), tokenizer, tokens)
+    return tokenized(CORPORA[run.corpus].documents(run.seed, "train", run.reasoning_share), tokenizer, tokens)
 
 
 def calibration_rows(run: StudentRun, tokenizer) -> data.PackedDataset:
