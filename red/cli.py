@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from red.errors import REDError
-from red.files import atomic_write_json, require_existing
+from red.files import HALF_LAYERS, START_FILE, atomic_write_json, require_existing
 
 DESCRIPTION = """\
 Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (the student) that keeps its multi-step reasoning.
@@ -126,6 +126,7 @@ def compress(options: argparse.Namespace) -> None:
 
     given = {**(read_yaml(options.config) if options.config else {}), **parse_command_line(options.rest)}
     config = build_config(given)
+    options.output_dir = config.output_dir
     if options.dry_run:
         from red.starting import forecast_of
 
@@ -211,6 +212,8 @@ def _kept(options: argparse.Namespace) -> str:
     checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime) if folder else []
     if checkpoints:
         return f"Kept: {checkpoints[-1]}. Go on with the same command and --resume."
+    if folder and any((Path(folder) / name).exists() for name in (START_FILE, HALF_LAYERS)):
+        return f"Kept: what was fitted so far, in {folder}. The same command goes on from there."
     return "No checkpoint had been written; nothing is kept."
 
 

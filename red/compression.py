@@ -13,8 +13,7 @@ from red.config import REDConfig
 from red.distillation import training_source, with_tokenizer
 from red.errors import REDError
 from red.export import ExportReport, export
-from red.files import require_empty_output
-from red.fitting.resume import HALF_LAYERS, START_FILE
+from red.files import HALF_LAYERS, START_FILE, require_empty_output
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.settings import build_config
 from red.starting import fit_of
@@ -57,6 +56,8 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     if (teacher := teacher if teacher is not None else config.teacher_model_name_or_path) is None or data is None:
         raise REDError("compress needs a teacher and text to calibrate on. Give teacher (or teacher_model_name_or_path) and data "
                        "(or train_file, or dataset_name).")
+    if config.world_size > 1:
+        raise REDError(f"compress is the work of one process, and {config.world_size} were started. Start it without torchrun or accelerate launch.")
     folder = Path(config.output_dir)
     require_empty_output(folder, ignoring=(START_FILE, HALF_LAYERS))
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)

@@ -12,8 +12,7 @@ from red.calibration import Calibration
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
-from red.files import require_empty_output
-from red.fitting.resume import HALF_LAYERS, START_FILE
+from red.files import HALF_LAYERS, START_FILE, require_empty_output
 from red.prepare import load_teacher
 from red.settings import build_config
 from red.trainer import REDTrainer

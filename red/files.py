@@ -12,6 +12,9 @@ from pathlib import Path
 
 from red.errors import REDError
 
+START_FILE = "start.safetensors"  # a run's fitted start
+HALF_LAYERS = "start-half-layers"  # what of it was fitted before an interruption
+
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:

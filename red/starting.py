@@ -22,6 +22,8 @@ from red.fitting.forecast import measured_rate
 from red.fitting.resume import START_FILE, StartFolder, read_start
 from red.fitting.shared_map import ITERATIONS
 
+METHOD = 1  # raised when the same settings come to mean other maps, so that files of before are not used
+
 
 def from_file(config: REDConfig) -> bool:
     """Whether `start` names a file that red.compress or red.distill wrote."""
@@ -57,20 +59,23 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         raise REDError(f"start={config.start!r} with start_fit={fit!r} fits to the calibration text itself. Pass batches=... "
                        "(red.distill and red.compress do).")
     batches = list(batches)
-    kept = StartFolder(folder, _key(teacher, config, calibration, batches))
+    first = config.process_index == 0
+    # every other process reads what the first has kept: it would wait for a fit that it has done before
+    kept = StartFolder(folder if first else folder or config.output_dir, _key(teacher, config, calibration, batches), writes=first)
     found = kept.whole()
     if found is not None:
         return starts.StartMaps(found, found.pop("channels", None))
-    if not config.disable_tqdm:
+    quiet = config.disable_tqdm or not first
+    if not quiet:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit,
                         teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
         tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
-    with tqdm(desc="shared map", total=ITERATIONS, disable=config.disable_tqdm, leave=False) as bar:
+    with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
         context = _context(teacher, config, calibration, batches)
         context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
         found = start(context)
-    with tqdm(desc="fitting the start", disable=config.disable_tqdm, leave=False) as bar:
+    with tqdm(desc="fitting the start", disable=quiet, leave=False) as bar:
         def show(done: int, total: int, report: str) -> None:
             bar.total = total
             bar.set_postfix_str(report, refresh=False)
@@ -107,7 +112,7 @@ def _context(teacher, config: REDConfig, calibration, batches) -> starts.StartCo
 def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: list[dict[str, Tensor]]) -> str:
     """Everything that decides a fitted start, as one hash."""
     names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "calibration_tap")
-    digest = hashlib.sha256(f"{model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
+    digest = hashlib.sha256(f"{METHOD} {model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
     texts = [batch[name] for batch in batches for name in ("input_ids", "position_ids", "token_mask") if name in batch]  # with where documents begin
     for tensor in [*texts, *([] if calibration is None else [calibration.scores])]:
         digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

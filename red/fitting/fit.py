@@ -31,6 +31,8 @@ FITS = ("none", "readers", "full")
 READER_RIDGE = 1e-4
 WRITER_RIDGE = 1e-4
 
+ROWS = 8192  # of a weight, multiplied in fp64 at a time
+
 Progress = Callable[[int, int, str], None]  # half layers done, of how many, what was measured
 
 
@@ -63,6 +65,7 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
         if "flash" in (attention or ""):  # its kernels take no fp32, in which the student is, and packed text in one row only
             teacher.config._attn_implementation = "sdpa"
         fit = _Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
+        kept.begin(fit.down)
         fit.streams.begin(fit.student)
         halves = half_layers(teacher.config)
         for half in halves:
@@ -120,7 +123,8 @@ class _Fit:
                 if bias in self.parameters:
                     self.parameters[bias].copy_((value @ self.weights[bias].double()).to(weight))
             else:
-                weight.copy_((source.double() @ value).to(weight))
+                for rows, part in zip(weight.split(ROWS), source.split(ROWS), strict=True):
+                    rows.copy_((part.double() @ value).to(rows))
 
     def estimate(self, norm: str) -> tuple[Tensor, Tensor, float]:
         """`O [d', d]` of (2) with the gain folded in: `O diag(γ)`, the second moment of `y` `[d', d']`, and the share of `z` that it explains."""
@@ -137,7 +141,7 @@ class _Fit:
     def readers(self, half: HalfLayer) -> tuple[dict[str, Tensor], str]:
         """Maps of the half layer's readers and its norm, and what was explained."""
         estimate, _, share = self.estimate(half.norm)
-        found = {f"{path}.weight": estimate.T / self.scale for path in half.readers}
+        found = {f"{path}.weight": (estimate.T / self.scale).contiguous() for path in half.readers}  # as a file wants it: no second copy of all maps
         found[f"{half.norm}.weight"] = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
         self.take(found)  # the writer's fit runs the block with these readers
         return found, f"explained {share:.4f}"
@@ -160,7 +164,7 @@ class _Fit:
             error = after @ down - student[mask].double() - written.double() @ before
             weight_of_token = after.square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt()
             solver.add((written * weight_of_token).to(written), (error * weight_of_token).to(written))
-        return {name: (before + solver.solve(self.writer_ridge)).T.cpu()}
+        return {name: (before + solver.solve(self.writer_ridge)).T.contiguous().cpu()}
 
     def advance(self, half: HalfLayer) -> None:
         """Both streams behind the half layer."""

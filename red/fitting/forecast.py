@@ -56,7 +56,8 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
     if explained:
         flops += points * (4 * d**3 + 3 * ITERATIONS * 4 * d * d * narrow) + 4 * d * d * outputs
     student = 4 * narrow * (outputs + inputs + 2 * config.vocab_size)  # bytes, fp32
-    climb = 4 * points * (3 * d * d + 2 * d * narrow) if explained else 8 * 4 * d * d
+    # the climb: three matrices of each point, their products with Q and those of the gradient; in fp64 where red/starts/explained.py takes it
+    climb = (8 if d <= 1024 else 4) * points * (3 * d * d + 4 * d * narrow + 4 * narrow * narrow) if explained else 8 * 4 * d * d
     maps = {"none": 5, "readers": 5 + 5, "full": 5 + 7}[fit] * config.num_hidden_layers  # of [d, d'], fp64: the start's readers, then the fitted maps
     host, device = (4 * points * d * d if explained else 0) + 8 * d * narrow * maps, max(climb, 8 * 3 * d * d)
     if fit != "none":
@@ -71,7 +72,7 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
 
 def measured_rate(device: torch.device | str, size: int = 1024) -> float:
     """Floating-point operations a second of one fp32 matrix product of `size`³, the best of a few within about a tenth of a second."""
-    a = torch.randn(size, size, device=device)
+    a = torch.ones(size, size, device=device)  # not random: the caller's generator stays where it is
     best, spent = float("inf"), 0.0
     while spent < 0.1:
         _wait(device)

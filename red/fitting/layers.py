@@ -1,7 +1,8 @@
 """A Hugging Face decoder as its 2L half layers, run one at a time on streams that are kept between them.
 
 A half layer is `x ← x + block(norm(x))` with the attention or the feed-forward network as the block. The modules are transformers' own, and so are
-the attention masks and rotary angles: transformers is asked for them once per batch and layer, by a forward pass whose blocks only take notes.
+the attention masks and rotary angles: transformers is asked for them once per batch and layer, by a forward pass of a stream one channel wide,
+whose blocks only take notes.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def normalised(stream: Tensor, eps: float) -> Tensor:
 
 
 def _block_arguments(model: PreTrainedModel, batch: dict[str, Tensor], half: HalfLayer) -> dict[str, Any]:
-    """Run the model with blocks that do nothing, and keep what attention is given at `half`."""
+    """Run the model with norms and blocks that do nothing, and keep what attention is given at `half`."""
     batch = for_attention({key: value.to(model.device) for key, value in batch.items()}, model.config)
     noted: dict[str, Any] = {}
     wanted = model.get_submodule(half.block)
@@ -121,21 +122,31 @@ def _block_arguments(model: PreTrainedModel, batch: dict[str, Tensor], half: Hal
             noted.update(kwargs)
         return torch.zeros_like(hidden), None
 
+    narrow = torch.zeros(*batch["input_ids"].shape, 1, dtype=model.dtype, device=model.device)  # shape, dtype and device are all that counts
     with _replaced(model, attention):
-        model.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
+        model.model(inputs_embeds=narrow, position_ids=batch.get("position_ids"), use_cache=False)
     return noted
 
 
 @contextmanager
 def _replaced(model: PreTrainedModel, attention) -> Iterator[None]:
-    """Attention that only takes notes, feed-forward networks that return zeros."""
-    modules: list[nn.Module] = []
+    """Attention that only takes notes, feed-forward networks that return zeros, norms that return what they are given."""
+    replaced: list[tuple[nn.Module, Any]] = []  # with the forward that was the instance's own (of a hook or a kernel), or None
+
+    def replace(module: nn.Module, forward) -> None:
+        replaced.append((module, vars(module).get("forward")))
+        module.forward = forward
+
     try:
         for layer in families.decoder_layers(model):
-            layer.self_attn.forward = lambda *args, _module=layer.self_attn, **kwargs: attention(_module, *args, **kwargs)
-            layer.mlp.forward = torch.zeros_like
-            modules += [layer.self_attn, layer.mlp]
+            replace(layer.self_attn, lambda *args, _module=layer.self_attn, **kwargs: attention(_module, *args, **kwargs))
+            replace(layer.mlp, torch.zeros_like)
+        for path in families.norm_paths(model.config):
+            replace(model.get_submodule(path), lambda hidden: hidden)
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in replaced:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from red.errors import REDError
-from red.files import atomic_write_safetensors
+from red.files import HALF_LAYERS, START_FILE, atomic_write_safetensors
 
-START_FILE = "start.safetensors"
-HALF_LAYERS = "start-half-layers"
+
+MARK = "mark"  # in the file of a half layer: of the map that it was fitted to
+SAME = 1e-6  # relative difference of two marks: rounding
 
 
 class StartFolder:
@@ -22,10 +24,17 @@ class StartFolder:
     Args:
         folder: of the run; None keeps nothing.
         key: everything that decides the result, in one string: files of another key are not used.
+        writes: False only reads, as every process but the first does.
     """
 
-    def __init__(self, folder: str | Path | None, key: str):
-        self.folder, self.key = None if folder is None else Path(folder), key
+    def __init__(self, folder: str | Path | None, key: str, writes: bool = True):
+        self.folder, self.key, self.writes = None if folder is None else Path(folder), key, writes
+        self.mark: Tensor | None = None
+
+    def begin(self, down: Tensor) -> None:
+        """The map `Q [d, d']` that half layers are fitted to. Another machine or number of threads may find another basis from the same key, in
+        which a half layer that was fitted before means nothing."""
+        self.mark = torch.linspace(-1, 1, len(down), dtype=torch.float64) @ down.double().cpu()
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
         if self.folder is None or not path.is_file():
@@ -34,11 +43,11 @@ class StartFolder:
             with safe_open(path, "pt") as file:
                 same = (file.metadata() or {}).get("key") == self.key
             return load_file(path) if same else None
-        except SafetensorError:  # cut short by something else than red: it is fitted again
+        except (SafetensorError, FileNotFoundError):  # cut short by something else than red, or finished by the first process: it is fitted again
             return None
 
     def _write(self, path: Path, tensors: dict[str, Tensor], **facts: str) -> None:
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             return
         own: dict[str, Tensor] = {}
         for name, tensor in tensors.items():  # writers that are left as they were may be one tensor, which safetensors refuses
@@ -51,10 +60,14 @@ class StartFolder:
 
     def half_layer(self, point: int) -> dict[str, Tensor] | None:
         """The maps of that half layer, or None where it was not finished."""
-        return self._read(self._half_layer(point))
+        found = self._read(self._half_layer(point))
+        mark = None if found is None else found.pop(MARK, None)
+        if mark is None or self.mark is None or mark.shape != self.mark.shape or (mark - self.mark).abs().max() > SAME * self.mark.abs().max():
+            return None
+        return found
 
     def keep_half_layer(self, point: int, maps: dict[str, Tensor]) -> None:
-        self._write(self._half_layer(point), maps)
+        self._write(self._half_layer(point), {**maps, MARK: self.mark})
 
     def whole(self) -> dict[str, Tensor] | None:
         """All maps (and `channels`), or None where the start was not finished."""
@@ -63,7 +76,7 @@ class StartFolder:
     def keep_whole(self, maps: dict[str, Tensor], teacher_hash: str) -> None:
         """Keep the finished start; its half layers are needed no more."""
         self._write((self.folder or Path()) / START_FILE, maps, teacher_hash=teacher_hash)
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             shutil.rmtree(self.folder / HALF_LAYERS, ignore_errors=True)
 
 
@@ -78,5 +91,5 @@ def read_start(path: str | Path, teacher_hash: str) -> dict[str, Tensor]:
         raise REDError(f"start={str(path)!r} is a safetensors file but not a start. Give the {START_FILE} that red.compress or red.distill wrote.")
     if facts["teacher_hash"] != teacher_hash:
         raise REDError(f"start={str(path)!r} was fitted for another teacher (hash {facts['teacher_hash'][:12]}, this one's is {teacher_hash[:12]}). "
-                       "Give that teacher, or compress this one.")
+                       "Give that teacher, loaded in the same teacher_dtype, or compress this one.")
     return load_file(path)

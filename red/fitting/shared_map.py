@@ -25,6 +25,7 @@ from red.fitting.least_squares import solve, sqrt_psd
 RIDGE = 1e-6  # of the mean variance: guards directions in which the stream does not move
 ITERATIONS = 300
 LEARNING_RATE = 1e-2  # of Adam, falling to 0
+OUTPUTS = 8192  # of a reader, multiplied at a time: a head has as many as there are words
 SCALE = 1e3  # of the loss, which would otherwise sink below Adam's eps
 
 
@@ -44,10 +45,13 @@ def reader_gramians(teacher: PreTrainedModel, covariances: Iterator[Tensor] | li
         gain = teacher.get_submodule(norm).weight.detach().to(covariance)
         total = torch.zeros_like(covariance)
         for weight in [weights[name] for name in names] or [head]:
-            reader = gain[:, None] * weight.detach().to(covariance).T  # R [d, out]
-            power = ((covariance @ reader) * reader).sum()
+            squared, power = torch.zeros_like(covariance), torch.zeros((), dtype=covariance.dtype, device=covariance.device)
+            for rows in weight.detach().split(OUTPUTS):
+                reader = gain[:, None] * rows.to(covariance).T  # R [d, out]
+                squared += reader @ reader.T
+                power += ((covariance @ reader) * reader).sum()
             if power > 0:  # a reader that hears nothing has no say
-                total += reader @ reader.T / power
+                total += squared / power
         yield total / max(1, len(names))
 
 

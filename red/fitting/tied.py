@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-8  # relative: guards directions that no token or no word moves
+WORDS = 8192  # whose embeddings are in fp64 at a time
 FLOOR = 1e-7  # of the largest second moment: fp32 says nothing of less
 
 
@@ -52,9 +53,13 @@ def tied_basis(head: Tensor, down: Tensor, wanted: Tensor, second: Tensor) -> tu
 
 def _words(head: Tensor) -> Tensor:
     """`EᵀE` `[d, d]` of the centred embedding: a logit common to all words says nothing."""
-    centred = head.detach().double().cpu()
-    centred = centred - centred.mean(0)
-    return centred.T @ centred
+    parts = head.detach().split(WORDS)
+    mean = sum(part.double().sum(0) for part in parts).cpu() / len(head)
+    total = torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64)
+    for part in parts:
+        centred = part.double().cpu() - mean
+        total += centred.T @ centred
+    return total
 
 
 def _ridge(matrix: Tensor) -> Tensor:
