@@ -1,6 +1,5 @@
 """The rich corpus: right answers, disjoint splits, a closed vocabulary; its trainer; and the teacher that came of it."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
