@@ -71,6 +71,21 @@ def test_an_interrupted_fit_goes_on(tiny_teacher, family, tmp_path, fitted_point
     assert [facts[:2] for facts in reports] == [(number, 5) for number in range(1, 6)] and [facts[2] for facts in reports[:done]] == ["resumed"] * done
 
 
+def test_half_layers_of_another_map_are_fitted_again(tiny_teacher, tmp_path, fitted_points):
+    """As where another machine finds another basis for the same key; a folder that is only read stays as it is."""
+    teacher = tiny_teacher()
+    start, other = start_of(teacher, "pca").maps, start_of(teacher, "orthogonal_shared").maps
+    first = fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / HALF_LAYERS).iterdir()}
+    reader = StartFolder(tmp_path, "key", writes=False)
+    fitted_points.clear()
+    assert equal(fit_maps(teacher, other, text(), kept=reader), fit_maps(teacher, other, text()))
+    assert fitted_points == [0, 1, 2, 3, "head"] * 2
+    assert equal(fit_maps(teacher, start, text(), kept=reader), first) and fitted_points[10:] == ["head"]
+    reader.keep_whole(first, "hash")
+    assert {path.name: path.read_bytes() for path in (tmp_path / HALF_LAYERS).iterdir()} == before and not (tmp_path / START_FILE).exists()
+
+
 @pytest.mark.parametrize("damage", ["cut short", "empty", "no safetensors", "of another key"])
 def test_a_half_layer_that_cannot_be_used_is_fitted_again(tiny_teacher, tmp_path, fitted_points, damage):
     teacher = tiny_teacher()
@@ -103,11 +118,14 @@ def test_a_fit_is_kept_until_something_that_decides_it_changes(tiny_teacher, tmp
     apart = [{**batch, "position_ids": torch.zeros_like(batch["position_ids"])} for batch in batches]
     other = [{**batch, "input_ids": batch["input_ids"].flip(1)} for batch in batches]
     unmasked = [{**batch, "token_mask": torch.ones_like(batch["token_mask"])} for batch in batches]
+    whole = (tmp_path / START_FILE).read_bytes()
     for changes in (dict(fit_writer_ridge=1e-2), dict(fit_reader_ridge=1e-2), dict(start_fit="readers"), dict(start="orthogonal"), dict(hidden_size=12),
-                    dict(norm_scale=False), dict(batches=other), dict(batches=rows), dict(batches=apart), dict(batches=unmasked), dict(model=tiny_teacher(seed=1))):
-        run(**changes)
+                    dict(batches=other), dict(batches=apart), dict(batches=unmasked), dict(batches=rows), dict(model=tiny_teacher(seed=1))):
+        (tmp_path / START_FILE).write_bytes(whole)
+        changed = run(**changes)
         assert fitted_points, f"{changes.keys()} decides"
-        assert equal(run(**changes), run(folder=None, **changes)), "and what is kept is of the last run"
+        assert not equal(changed, first) or changes.get("batches") is rows
+        assert equal(run(**changes), changed) and not fitted_points, "what is kept is of the last run"
     with pytest.raises(REDError, match="start='pca' with start_fit='full' fits to the calibration text.*batches"):
         run(batches=None)
 
@@ -248,8 +266,12 @@ def test_command_line(tiny_teacher, tmp_path, monkeypatch, capsys):
     build_tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "corpus.txt").write_text("\n\n".join(texts()))
     (tmp_path / "run.yaml").write_text(f"teacher_model_name_or_path: {tmp_path}/teacher\ntrain_file: {tmp_path}/corpus.txt\nhidden_size: 16\nmax_length: 16\n"
-                                       f"use_cpu: true\ncalibration_samples: 4\noutput_dir: {tmp_path}/small\n")
+                                       f"use_cpu: true\ndisable_tqdm: false\ncalibration_samples: 4\noutput_dir: {tmp_path}/small\n")
     given = ["compress", "--config", str(tmp_path / "run.yaml")]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Fit, "head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert main(given) == 130
+    assert f"Kept: what was fitted so far, in {tmp_path}/small. The same command goes on" in capsys.readouterr().err
     assert main(given) == 0
     shown = capsys.readouterr()
     assert f"{tmp_path}/small/student: qwen3, " in shown.out and "start=fitted, start_fit=full: " in shown.out + shown.err and "TFLOP" in shown.out + shown.err

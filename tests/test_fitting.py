@@ -19,8 +19,7 @@ from red.fitting import fit_maps
 from red.fitting.fit import _Fit, turned
 from red.fitting.layers import Streams, half_layers
 from red.projections import Projections
-from red.starts.base import StartContext, StartMaps, selection, shared
-from red.starts.base import random_orthonormal as orthonormal
+from red.starts.base import StartContext, StartMaps, random_orthonormal, selection, shared
 from red.student import build_student
 from red.taps import Taps
 
@@ -34,8 +33,7 @@ def text(count: int = 3, rows: int = 6, length: int = 16) -> list[dict]:
 
 
 def start_of(teacher, name: str, width: int = NARROW, batches=None) -> StartMaps:
-    calibration = calibrate_batches(teacher, batches or text(), covariance=True)
-    return starts.get(name)(StartContext(teacher, width, calibration))
+    return starts.get(name)(StartContext(teacher, width, calibrate_batches(teacher, batches or text(), covariance=True)))
 
 
 def student_of(teacher, maps: dict):
@@ -153,10 +151,12 @@ def test_streams_between_half_layers_are_the_models_own(tiny_teacher, family):
     windows = {} if family == "llama" else {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     teacher, batches = tiny_teacher(family, **windows), text(2)
     with torch.no_grad():
-        fit = _Fit(teacher, start_of(teacher, "pca").maps, Streams(teacher, batches), 1e-4, None)
+        fit = _Fit(teacher, start_of(teacher, "pca").maps, Streams(teacher, batches), 1e-4, 1e-4)
         fit.streams.begin(fit.student)
         for half in half_layers(teacher.config):
+            fit.writer(half)  # of which nothing stays behind
             fit.advance(half)
+        assert not any(module._forward_pre_hooks for module in fit.student.modules())
         for kept, model in ((fit.streams.teacher, teacher), (fit.streams.student, fit.student)):
             for ours, batch in zip(kept, batches, strict=True):
                 seen = []
@@ -176,7 +176,7 @@ def test_full_width_is_the_teacher(tiny_teacher, variant, turned):
     for tied in (False, True):
         teacher = tiny_teacher(variant.partition("-")[0], tied=tied, dtype=torch.float64, **VARIANTS[variant])
         context = StartContext(teacher, WIDTH)
-        down = orthonormal(context) if turned else torch.eye(WIDTH, dtype=torch.float64)
+        down = random_orthonormal(context) if turned else torch.eye(WIDTH, dtype=torch.float64)
         maps = {**shared(context, down).maps, **{name: torch.randn(WIDTH, WIDTH, dtype=torch.float64) for name in context.writers()}}
         maps |= {name: torch.ones_like(value) for name, value in maps.items() if value.dim() == 1}
         fitted = fit_maps(teacher, maps, text(), reader_ridge=1e-13, writer_ridge=1e-13)
@@ -212,15 +212,16 @@ def test_lossless_where_the_stream_has_the_students_dimension(tiny_teacher, monk
     use_exact_norms(monkeypatch)
     kind = dict(tied=tied, dtype=torch.float64, rms_norm_eps=1e-12)
     narrow, wide = tiny_teacher(family, hidden_size=NARROW, seed=1, **kind), tiny_teacher(family, **kind)
-    teacher, batches = widened(narrow, wide, orthonormal(StartContext(wide, NARROW, seed=4))), text()
+    teacher, batches = widened(narrow, wide, random_orthonormal(StartContext(wide, NARROW, seed=4))), text()
     if not tied:  # the random last gain, between the wide basis and back, is no gain of the narrow model
         torch.testing.assert_close(logits(teacher), logits(narrow), rtol=0, atol=1e-8)
     calibration = calibrate_batches(teacher, batches, point_covariance=True)
     found = {}
-    for start in ("fitted", "activation"):
+    for start in ("fitted", "balanced", "activation"):
         config = REDConfig(**settings_of(tmp_path, start=start, fit_reader_ridge=1e-11, fit_writer_ridge=1e-8))
         found[start] = red.start_projections(teacher, config, calibration, batches).student.eval()
     torch.testing.assert_close(logits(found["fitted"]), logits(teacher), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(found["balanced"]), logits(teacher), rtol=0, atol=1e-3)  # without any fit
     assert (logits(found["activation"]) - logits(teacher)).abs().max() > 0.5
 
 
@@ -288,8 +289,7 @@ def test_fewer_tokens_than_channels_are_enough_to_go_on(tiny_teacher, tmp_path, 
 
 
 def test_bad_text_or_teacher_is_refused(tiny_teacher):
-    teacher = tiny_teacher()
-    start, batch = start_of(teacher, "pca").maps, random_batch()
+    start, batch = start_of(teacher := tiny_teacher(), "pca").maps, random_batch()
     for nothing in ([], [{**batch, "token_mask": torch.zeros_like(batch["token_mask"])}]):
         with pytest.raises(REDError, match="no token to fit to.*at least one sequence"):
             fit_maps(teacher, start, nothing)

@@ -97,7 +97,7 @@ def test_operations_are_those_that_torch_counts(monkeypatch, explained, fit):
         start = starts.get("explained" if explained else "balanced")(StartContext(teacher, 32, calibration)).maps
         if fit != "none":
             fit_maps(teacher, start, batches, writers=fit == "full")
-    assert 0.8 < forecast(teacher.config, 32, 3 * 8 * 64, explained=explained, fit=fit).flops / counter.get_total_flops() < 1.2
+    assert 0.9 < forecast(teacher.config, 32, 3 * 8 * 64, explained=explained, fit=fit).flops / counter.get_total_flops() < 1.2
 
 
 @pytest.mark.parametrize("explained, fit, streams", [(False, "none", False), (False, "readers", True), (False, "full", True), (True, "full", True)])
@@ -111,6 +111,19 @@ def test_host_bytes_cover_what_is_held(explained, fit, streams):
     bytes_held = sum(held.values()) + (8 * 24 * 4 * (32 + 16) if streams else 0) + (calibration.point_covariance.nbytes if explained else 0)
     found = forecast(teacher.config, 16, 8 * 24, explained=explained, fit=fit)
     assert 0.8 * bytes_held < found.host_bytes <= 1.05 * bytes_held
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_weights_multiplied_by_parts_give_the_same(monkeypatch, tied):
+    """A head of many words is never whole in fp64; seven rows at a time here."""
+    teacher, batches = build_tiny_model(tied=tied, dtype=torch.float64), [random_batch(8, 24)]
+    calibration, found = calibrate_batches(teacher, batches, covariance=True), []
+    for rows in (10_000, 7):
+        for module, name in (("fit", "ROWS"), ("shared_map", "OUTPUTS"), ("tied", "WORDS")):
+            monkeypatch.setattr(sys.modules[f"red.fitting.{module}"], name, rows)
+        found.append(fit_maps(teacher, starts.get("balanced")(StartContext(teacher, 16, calibration)).maps, batches))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-6 * float(value.abs().max()), msg=name)
 
 
 def test_heads_and_rate():

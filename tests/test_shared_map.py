@@ -1,4 +1,4 @@
-"""The pieces of the shared map: least squares, the readers' Gramians, what a map explains, its gauge, and that the teacher's basis does not matter."""
+"""The pieces of the shared map: the readers' Gramians, what a map explains, its gauge, and that the teacher's basis does not matter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from reference_lrc import normalised, use_exact_norms
-from test_fitting import EMBEDDING, NARROW, WIDTH, close, logits, ridge_solution, streams_of, student_of, text
+from test_fitting import EMBEDDING, NARROW, WIDTH, close, logits, streams_of, student_of, text
 from tiny_training import settings_of
 
 import red
 from red import starts
 from red.calibration import calibrate_batches
 from red.config import REDConfig
-from red.errors import REDError
 from red.families import norm_paths
 from red.fitting import shared_map
-from red.fitting.least_squares import LeastSquares, solve, sqrt_psd
+from red.fitting.least_squares import sqrt_psd
 from red.fitting.massive import massive_directions
 from red.fitting.shared_map import balanced, explained_shares, gauge, most_explained, reader_gramians
 from red.starts.base import StartContext
@@ -46,40 +45,6 @@ def projector(down: torch.Tensor) -> torch.Tensor:
     return down @ torch.linalg.pinv(down)
 
 
-# ---- least squares ----
-
-def test_least_squares_equals_lstsq_whatever_the_batches():
-    x, y = torch.randn(90, 7, dtype=torch.float64), torch.randn(90, 5, dtype=torch.float64)
-    for sizes in ([90], [1] * 90, [40, 0, 50]):
-        solver = LeastSquares(7, 5)
-        for one, other in zip(x.split(sizes), y.split(sizes), strict=True):
-            solver.add(one, other)
-        for ridge in (1e-12, 0.3):
-            found = solver.solve(ridge)
-            close(found, ridge_solution(x, y, ridge), 1e-10)
-            assert solver.residual(found) == pytest.approx(float((x @ found - y).square().sum()), rel=1e-10)
-        assert solver.rows == 90 and solver.yy == pytest.approx(float(y.square().sum()))
-        assert solver.solve(1e9).abs().max() < 1e-6 < solver.solve(1e-12).abs().max(), "the ridge pulls to zero"
-    single = LeastSquares(7, 5)
-    single.add(x.float(), y.float())
-    assert single.xx.dtype == torch.float64
-    close(single.solve(1e-12), ridge_solution(x, y, 1e-12), 1e-5)
-
-
-def test_least_squares_refuses_what_it_cannot_solve():
-    solver = LeastSquares(3, 2)
-    solver.add(torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]]), torch.ones(2, 2))  # nothing moves the third
-    with pytest.raises(REDError, match=r"3 unknowns is singular with ridge=0.*larger ridge.*calibration_samples"):
-        solver.solve(0.0)
-    assert solver.solve(1e-6)[2].abs().max() == 0
-    for place in (0, 1):
-        broken = [torch.ones(4, 3), torch.ones(4, 2)]
-        broken[place][1, 1] = float("nan")
-        solver = LeastSquares(3, 2)
-        solver.add(*broken)
-        with pytest.raises(REDError, match="NaN or infinite.*fp32 or bf16"):
-            solver.solve(1e-4)
-
 # ---- what the readers hear ----
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -100,21 +65,6 @@ def test_gramians_equal_brute_force(tiny_teacher, family, tied):
         close(gramian, total / len(readers), 1e-8, path)
         heard = (normalised(point) @ gramian * normalised(point)).sum(1).mean()
         assert float(heard) == pytest.approx(1), "E|z R|² is 1 at every point"
-
-
-def test_rounding_below_zero_is_no_obstacle():
-    """fp32 sums of activations that one direction dominates are indefinite beyond a small ridge; the solution is still that of fp64 sums."""
-    draw = torch.Generator().manual_seed(2)
-    x = torch.randn(4000, 24, generator=draw, dtype=torch.float64)
-    x[:, 12:] = x[:, :12] @ torch.randn(12, 12, generator=draw, dtype=torch.float64)  # singular
-    x[::50] += 2e4 * torch.randn(24, generator=draw, dtype=torch.float64)
-    y = x @ torch.randn(24, 3, generator=draw, dtype=torch.float64)
-    coarse, ridge = (x.float().T @ x.float()).double(), 1e-10
-    scale = float(coarse.diagonal().mean())
-    assert torch.linalg.cholesky_ex(coarse + ridge * scale * torch.eye(24)).info, "the fp32 sums are indefinite here"
-    found = solve(coarse, (x.float().T @ y.float()).double(), ridge)
-    assert float((x @ found - y).square().sum() / y.square().sum()) < 1e-4
-
 
 
 def test_shares_equal_a_regression(measured):
@@ -197,6 +147,15 @@ def test_most_explained_never_ends_worse_than_it_began(measured, monkeypatch):
     assert loss(found) < 0.5 * loss(begin) and len(seen) == 100 and seen[0] == pytest.approx(float(shares(begin, measured).mean())) and seen[-1] > seen[0]
     close(found.T @ found, torch.eye(NARROW, dtype=torch.float64), 1e-10)
     assert not found.requires_grad
+    free = most_explained(begin, covariances, gramians, iterations=600).requires_grad_()  # at the lowest mean square, not the highest mean
+    slopes = []
+    for power in (2, 1):
+        gradient, = torch.autograd.grad((1 - shares(free, measured)).pow(power).mean(), free)
+        slopes.append(float((gradient - projector(free.detach()) @ gradient).norm()))
+    assert slopes[0] < 0.02 * slopes[1]
+    silent = gramians * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])[:, None, None]  # no reader at one point
+    quiet = most_explained(begin, covariances, silent, iterations=30)
+    assert (shares(quiet, measured) > shares(begin, measured))[[0, 1, 3, 4]].all()
     again = most_explained(found, covariances, gramians, iterations=5)
     assert loss(again) <= loss(found) * (1 + 1e-12)
     monkeypatch.setattr(shared_map, "LEARNING_RATE", 30.0)  # leaps about: the best that was seen is kept, and the first is one of them

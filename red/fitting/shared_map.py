@@ -79,7 +79,7 @@ def explained_shares(down: Tensor, covariances: Tensor, heard: Tensor, totals: T
     kept = _seen_through(down, covariances)  # [points, d', d']
     ridge = RIDGE * torch.eye(down.shape[1], dtype=down.dtype, device=down.device) * kept.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     gained = torch.linalg.solve(kept + ridge, _seen_through(down, heard))
-    return gained.diagonal(dim1=-2, dim2=-1).sum(-1) / totals.clamp_min(torch.finfo(totals.dtype).tiny)
+    return gained.diagonal(dim1=-2, dim2=-1).sum(-1) / totals.where(totals > 0, 1.0)  # where no reader hears anything, nothing is explained
 
 
 def most_explained(down: Tensor, covariances: Tensor, gramians: Tensor, *, fixed: Tensor | None = None,
