@@ -64,8 +64,8 @@ def close(found, expected, tolerance: float = 1e-6, what: str = ""):
 
 # ---- the whole fit ----
 
-@pytest.mark.parametrize("tied, writers", [(False, True), (True, True), (True, False)], ids=["untied", "tied", "tied-readers"])
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("variant, tied, writers", [("llama", False, True), ("llama-biases", False, True), ("qwen2", False, True), ("qwen3", False, True),
+                                                    ("llama-biases", True, True), ("qwen3", True, True), ("qwen2", True, False), ("qwen3", False, False)])
 def test_equals_brute_force(tiny_teacher, monkeypatch, variant, tied, writers):
     """Every map follows from the finished student's own streams and writer inputs, document by document."""
     use_exact_norms(monkeypatch)
