@@ -13,7 +13,7 @@ from red.config import REDConfig
 from red.distillation import training_source, with_tokenizer
 from red.errors import REDError
 from red.export import ExportReport, export
-from red.files import HALF_LAYERS, START_FILE, require_empty_output
+from red.files import START_FILE, STARTS, require_empty_output
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.settings import build_config
 from red.starting import fit_of
@@ -59,7 +59,7 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     if config.world_size > 1:
         raise REDError(f"compress is the work of one process, and {config.world_size} were started. Start it without torchrun or accelerate launch.")
     folder = Path(config.output_dir)
-    require_empty_output(folder, ignoring=(START_FILE, HALF_LAYERS))
+    require_empty_output(folder, ignoring=STARTS)
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     teacher = teacher.eval().to(config.device)
     check_request(teacher, config)

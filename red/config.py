@@ -105,7 +105,7 @@ class REDConfig(TrainingArguments):
         require(self.start_std > 0, "start_std", "must be above 0")
         require(self.start_fit in (None, "none", "readers", "full"), "start_fit", "use none, readers or full")
         for name in ("fit_reader_ridge", "fit_writer_ridge"):
-            require(getattr(self, name) > 0, name, "must be above 0; 1e-3 is usual")
+            require(getattr(self, name) > 0, name, "must be above 0; 1e-4 is usual")
         require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
                 "the taps need use_reentrant=False")
         require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; it would drop the token mask of the packed rows")

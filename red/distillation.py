@@ -12,7 +12,7 @@ from red.calibration import Calibration
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
-from red.files import HALF_LAYERS, START_FILE, require_empty_output
+from red.files import STARTS, require_empty_output
 from red.prepare import load_teacher
 from red.settings import build_config
 from red.trainer import REDTrainer
@@ -58,7 +58,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
                        "(or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=(START_FILE, HALF_LAYERS))  # an interrupted fit goes on
+        require_empty_output(config.output_dir, ignoring=STARTS)  # an interrupted fit goes on
     elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:

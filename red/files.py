@@ -14,6 +14,7 @@ from red.errors import REDError
 
 START_FILE = "start.safetensors"  # a run's fitted start
 HALF_LAYERS = "start-half-layers"  # what of it was fitted before an interruption
+STARTS = ("start.", ".start.", HALF_LAYERS)  # how the names of both begin, of earlier ones beside them, and of one that a kill cut short
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: 
         path: where something is going to be written.
         what: the setting's name, for the message.
         remedy: what else the user can do here, a whole sentence.
-        ignoring: names of entries that may be there.
+        ignoring: how the names of entries begin that may be there.
 
     Raises:
         REDError: the path is a file, a folder with something in it, or in a place where nothing can be written. Nothing is touched.
@@ -86,7 +87,7 @@ def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: 
     if path.exists() and not path.is_dir():
         raise REDError(f"{what}={str(path)!r} is a file; a folder that does not exist yet, or an empty one, is needed. Choose another path.")
     if path.is_dir():
-        entries = sorted(entry.name for entry in path.iterdir() if entry.name not in ignoring)
+        entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ignoring))
         if entries:
             shown = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
             raise REDError(f"{what}={str(path)!r} is not empty (it holds {shown}) and nothing is overwritten. "

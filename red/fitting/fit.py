@@ -15,6 +15,7 @@ divides a token by its RMS, so (3) counts errors relative to it: without that, t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,10 +28,6 @@ from red.fitting.resume import StartFolder
 from red.fitting.tied import tied_basis, tied_gain
 from red.student import build_student
 
-FITS = ("none", "readers", "full")
-READER_RIDGE = 1e-4
-WRITER_RIDGE = 1e-4
-
 ROWS = 8192  # of a weight, multiplied in fp64 at a time
 
 Progress = Callable[[int, int, str], None]  # half layers done, of how many, what was measured
@@ -38,7 +35,7 @@ Progress = Callable[[int, int, str], None]  # half layers done, of how many, wha
 
 @torch.no_grad()
 def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterable[dict[str, Tensor]], *, writers: bool = True,
-             reader_ridge: float = READER_RIDGE, writer_ridge: float = WRITER_RIDGE, kept: StartFolder | None = None,
+             reader_ridge: float = 1e-4, writer_ridge: float = 1e-4, kept: StartFolder | None = None,
              on_progress: Progress | None = None) -> dict[str, Tensor]:
     """Fit the readers, and the writers too, of a student that starts from `maps`.
 

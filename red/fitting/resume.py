@@ -53,7 +53,11 @@ class StartFolder:
         for name, tensor in tensors.items():  # writers that are left as they were may be one tensor, which safetensors refuses
             tensor = tensor.contiguous()
             own[name] = tensor.clone() if any(tensor.data_ptr() == other.data_ptr() for other in own.values()) else tensor
-        atomic_write_safetensors(path, own, metadata={"key": self.key, **facts})
+        try:
+            atomic_write_safetensors(path, own, metadata={"key": self.key, **facts})
+        except (OSError, SafetensorError) as error:
+            raise REDError(f"{path} cannot be written: {error}. Make room or choose another output_dir; what was fitted before is kept, and the same "
+                           "command goes on from there.") from error
 
     def _half_layer(self, point: int) -> Path:
         return (self.folder or Path()) / HALF_LAYERS / f"{point:03d}.safetensors"
@@ -74,10 +78,21 @@ class StartFolder:
         return self._read((self.folder or Path()) / START_FILE)
 
     def keep_whole(self, maps: dict[str, Tensor], teacher_hash: str) -> None:
-        """Keep the finished start; its half layers are needed no more."""
+        """Keep the finished start; its half layers are needed no more. One of another key is moved beside it, to `start.KEY.safetensors`."""
+        if self.folder is not None and self.writes:
+            self._move_aside(self.folder / START_FILE)
         self._write((self.folder or Path()) / START_FILE, maps, teacher_hash=teacher_hash)
         if self.folder is not None and self.writes:
             shutil.rmtree(self.folder / HALF_LAYERS, ignore_errors=True)
+
+    def _move_aside(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                key = (file.metadata() or {}).get("key", "")
+        except (SafetensorError, FileNotFoundError):
+            return
+        if key != self.key:
+            path.replace(path.with_name(f"start.{key[:12]}.safetensors"))
 
 
 def read_start(path: str | Path, teacher_hash: str) -> dict[str, Tensor]:
