@@ -21,7 +21,7 @@ class ChannelStats(NamedTuple):
 
 @torch.library.custom_op("red::channel_stats", mutates_args=(), device_types=("cpu", "cuda"))
 def _op(x: Tensor, segment_ids: Optional[Tensor], num_segments: int) -> tuple[Tensor, Tensor]:
-    backend.select("channel_stats")
+    backend.select("channel_stats", x)
     if segment_ids is not None:
         checks.check_range("channel_stats", "segment_ids", segment_ids, -1, num_segments)
     return reference.channel_stats(x, segment_ids, num_segments)

@@ -18,7 +18,7 @@ from red_kernels import backend, checks, reference
 
 @torch.library.custom_op("red::erank", mutates_args=(), device_types=("cpu", "cuda"))
 def _op(x: Tensor, mask: Optional[Tensor], invalid: str) -> Tensor:
-    backend.select("erank")
+    backend.select("erank", x)
     value, finite, count = reference.erank(x, mask)
     if invalid == "raise":
         _raise_where(~finite, "erank", x, lambda _: "holds NaN or Inf in a valid row")
@@ -34,7 +34,7 @@ def _(x, mask, invalid):
 
 @torch.library.custom_op("red::erank_spectrum", mutates_args=(), device_types=("cpu", "cuda"))
 def _spectrum_op(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    backend.select("erank_spectrum")
+    backend.select("erank_spectrum", x)
     eigenvalues, finite = reference.erank_spectrum(x, mask)
     _raise_where(~finite, "erank_spectrum", x, lambda _: "holds NaN or Inf in a valid row")
     return eigenvalues

@@ -19,7 +19,7 @@ from red_kernels import backend, checks, reference
 
 @torch.library.custom_op("red::gather", mutates_args=(), device_types=("cpu", "cuda"))
 def _op(x: Tensor, index: Tensor, dim: int, scale: Optional[Tensor]) -> Tensor:
-    backend.select("gather")
+    backend.select("gather", x)
     checks.check_range("gather", "index", index, 0, x.shape[dim])
     return reference.gather(x, index, dim, scale)
 

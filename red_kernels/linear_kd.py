@@ -52,7 +52,7 @@ def _op(
     need_grad_hidden: bool,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend.select("linear_kd")
+    backend.select("linear_kd", hidden)
     checks.check_range("linear_kd", "labels", labels, 0, weight.shape[0], except_value=ignore_index)
     return reference.linear_kd(
         hidden, weight, teacher_hidden, teacher_weight, labels, kl_mask, temperature, divergence, beta,

@@ -25,10 +25,9 @@ def _op(
     num_tokens: Tensor,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend.select("tap_mse")
     if index is not None:
         checks.check_range("tap_mse", "index", index, 0, teacher.shape[-1])
-    return reference.tap_mse(student, teacher, mask, index, num_tokens, need_grad)
+    return backend.implementation("tap_mse", student, teacher).tap_mse(student, teacher, mask, index, num_tokens, need_grad)
 
 
 @_op.register_fake
@@ -50,7 +49,7 @@ def _backward(ctx, grad_loss, _):
     difference, index, num_tokens = ctx.saved_tensors
     student_dtype, teacher_dtype = ctx.dtypes
     grad_student = grad_teacher = None
-    grad = reference.tap_mse_backward(grad_loss, difference, num_tokens)
+    grad = backend.implementation("tap_mse", difference).tap_mse_backward(grad_loss, difference, num_tokens)
     if ctx.needs_input_grad[0]:
         grad_student = grad.to(student_dtype)
     if ctx.needs_input_grad[1]:

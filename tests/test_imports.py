@@ -39,7 +39,7 @@ def faults(path: str, source: str) -> list[str]:
         top = module.split(".")[0]
         if owner == "red_kernels" and top in ("red", "transformers"):
             found.append(f"red_kernels imports {module}: it knows torch, and Triton, only")
-        if owner == "red_kernels" and top == "triton" and not lazy and "triton" not in parts[-1]:
+        if owner == "red_kernels" and top == "triton" and not lazy and parts[1:2] != ("triton",):
             found.append(TRITON_ONLY_WHERE_USED)
         if owner in ("red", "red_kernels") and top in ("tests", "benchmarks"):
             found.append(f"{owner} imports {module}, which is not installed with it")

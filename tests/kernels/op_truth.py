@@ -1,12 +1,19 @@
-"""What the op tests share: how close to a float64 truth is close enough, and how an op is compiled and mutated."""
+"""What the op tests share: arguments drawn at random, how close to a float64 truth is close enough, and how an op is compiled and mutated."""
 
+import random
+from collections.abc import Sequence
+
+import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 
-few = settings(max_examples=12, deadline=None, derandomize=True)
-
 ODD = (1, 2, 3, 17, 129, 151)
+
+
+def drawn(count: int, **choices: Sequence):
+    """Run a test `count` times, each argument drawn from its choices by one fixed seed: without hypothesis, which a borrowed GPU machine lacks."""
+    generator = random.Random(0)
+    return pytest.mark.parametrize(",".join(choices), [tuple(generator.choice(values) for values in choices.values()) for _ in range(count)], ids=range(count))
 
 
 def errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
