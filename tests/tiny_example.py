@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from red.example.tokenizer import build_tokenizer
-from red.example.train_rich import build_rich_tokenizer
+from red.example.rich_model import build_rich_tokenizer
 
 
 def save_tiny_teacher(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Trains a teacher on the rich corpus: `python -m red.example.train_rich --out DIR --size tiny|small|full`.
 
 A Qwen3 with tied embeddings, normalised queries and keys and grouped heads learns `red.example.rich_corpus` from scratch: Muon for
-the hidden matrices, AdamW for the table and the gains, and stages from copying and short chains to the full mix (`STAGES`).
+the hidden matrices, AdamW for the table and the gains, and stages from copying and short chains to the full mix (rich_stream.py).
 
 Chains were learned in the first third and copying before. Look-ups stalled: with relations that lead either always to people or
 always to things, every hop between people was right and the thing at the end a guess among those mentioned, for 3000 steps and with
@@ -23,174 +23,26 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
-from tokenizers import models
-from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from red.demo.record import commit, device as device_in_words
+from red.demo.record import commit
+from red.demo.record import device as device_in_words
 from red.evaluate import exact_match, forced_exact_match, text_quality
-from red.example.corpus import easy_documents, easy_perplexity_limit, tokenized
-from red.example.rich_corpus import KINDS, LEVELS, SHARES, VOCABULARY, documents, problems
-from red.example.tokenizer import SPECIAL_TOKENS, build_tokenizer
-from red.example.train_teacher import QUESTION_WEIGHT, ROW, document_mask
+from red.example.corpus import easy_documents, easy_perplexity_limit
+from red.example.rich_corpus import KINDS, LEVELS, problems
+from red.example.rich_model import SIZES, build_model, build_rich_tokenizer
+from red.example.rich_stream import CHUNK_STEPS, Chunks, steps_of
+from red.example.train_teacher import ROW, document_mask
 from red.files import atomic_write_json
 
-CHUNK_STEPS = 32  # steps whose text is made together
-OPEN_ROWS = 64
-
 GOAL = 0.95  # validation exact match, mean over the kinds, that makes a teacher
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, its text and its training. `tokens` counts padding too: steps x rows x `ROW`."""
-
-    level: str
-    hidden_size: int
-    layers: int
-    heads: int  # twice as many as key/value heads
-    head_dim: int
-    intermediate_size: int
-    tokens: int
-    rows: int  # of one step
-    lr: float  # AdamW's peak
-    muon_lr: float
-
-
-SIZES = {
-    "tiny": Size("small", 32, 2, 2, 16, 64, tokens=100_000, rows=4, lr=3e-3, muon_lr=0.02),
-    "small": Size("small", 160, 5, 4, 40, 480, tokens=14_000_000, rows=16, lr=3e-3, muon_lr=0.02),
-    "full": Size("full", 512, 8, 8, 64, 1536, tokens=250_000_000, rows=256, lr=2e-3, muon_lr=0.02),
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training: `part` of its steps, `shares` and `longest` of `documents`."""
-
-    part: float
-    shares: dict[str, float]
-    longest: dict[str, int]
-
-
-STAGES = [
-    Stage(0.10, {"chain": 0.35, "shuffled": 0.10, "lookup": 0.10, "copy": 0.25, "easy": 0.20}, {"chain": 3, "shuffled": 3, "lookup": 2}),
-    Stage(0.25, {"chain": 0.35, "shuffled": 0.20, "lookup": 0.20, "copy": 0.10, "easy": 0.15}, {"chain": 4, "shuffled": 4}),
-    Stage(0.10, {"chain": 0.25, "shuffled": 0.25, "lookup": 0.20, "copy": 0.05, "easy": 0.25}, {}),
-    Stage(0.16, {"chain": 0.15, "shuffled": 0.20, "lookup": 0.50, "copy": 0.05, "easy": 0.10}, {}),
-    Stage(0.19, {"chain": 0.12, "shuffled": 0.18, "lookup": 0.15, "facts": 0.40, "copy": 0.05, "easy": 0.10}, {}),
-    Stage(0.20, SHARES, {}),
-]
-
-
-def build_rich_tokenizer() -> PreTrainedTokenizerFast:
-    """`build_tokenizer` with the rich corpus's words; the ids of the words that both have are the same."""
-    tokenizer = build_tokenizer()
-    ids = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *VOCABULARY])}
-    tokenizer.backend_tokenizer.model = models.WordLevel(ids, unk_token="<unk>")
-    return tokenizer
-
-
-def build_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """An untrained teacher of one of `SIZES`, fp32 on the CPU."""
-    torch.manual_seed(seed)
-    shape = SIZES[size]
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads // 2,
-        head_dim=shape.head_dim,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa",
-    )
-    model = Qwen3ForCausalLM(config).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "embed_tokens" in name:  # the head too: logits of about one half
-                weight.normal_(std=0.5 * shape.hidden_size**-0.5)
-            elif weight.dim() == 2:  # 1/sqrt(inputs); what writes into the residual stream starts smaller, by its depth
-                depth = 2 * shape.layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                weight.normal_(std=(weight.shape[1] * depth) ** -0.5)
-    return model
-
-
-def steps_of(size: str, tokens: int | None = None) -> int:
-    """How many steps a training of `tokens` tokens (None: the size's own) has."""
-    return (tokens or SIZES[size].tokens) // (SIZES[size].rows * ROW)
-
-
-class Chunks(Dataset):
-    """The training text: chunk `n` is `(input_ids, position_ids, weights)`, each [CHUNK_STEPS * rows, ROW], for steps from
-    `n * CHUNK_STEPS` on. `weights` is the loss weight of *predicting* a token, 0 for `<bos>` and padding; positions restart at 0
-    with each document, which lies whole in its row."""
-
-    def __init__(self, size: str, seed: int, steps: int, first: int = 0):
-        self.size, self.seed, self.steps, self.first = size, seed, steps, first
-        self.tokenizer = build_rich_tokenizer()
-
-    def __len__(self) -> int:
-        return -(-self.steps // CHUNK_STEPS) - self.first
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        number = self.first + index
-        if index >= len(self):
-            raise IndexError(number)
-        stage = stage_at(number * CHUNK_STEPS / self.steps)
-        stream = documents(
-            self.seed * 1_000_000 + number, level=SIZES[self.size].level, shares=stage.shares, longest=stage.longest
-        )
-        return _packed(stream, CHUNK_STEPS * SIZES[self.size].rows, self.tokenizer)
-
-
-def stage_at(done: float) -> Stage:
-    """The stage when `done`, from 0 up to 1, of the training is behind."""
-    for stage in STAGES:
-        done -= stage.part
-        if done < -1e-9:
-            return stage
-    return STAGES[-1]
-
-
-def _packed(stream, count: int, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` rows, each document in the fullest of `OPEN_ROWS` rows that has room (97 % full)."""
-    pad = tokenizer.pad_token_id
-    done: list[tuple[list[int], list[int], list[float]]] = []
-    opened: list[tuple[list[int], list[int], list[float]]] = []
-    while len(done) < count:
-        ((ids, labels),) = [(row["input_ids"], row["labels"]) for row in tokenized([next(stream)], tokenizer, 1)]
-        fitting = [row for row in opened if len(row[0]) + len(ids) <= ROW]
-        if fitting:
-            row = max(fitting, key=lambda row: len(row[0]))
-        else:
-            if len(opened) == OPEN_ROWS:
-                fullest = max(range(OPEN_ROWS), key=lambda i: len(opened[i][0]))
-                done.append(opened.pop(fullest))
-            opened.append(row := ([], [], []))
-        row[0].extend(ids)
-        row[1].extend(range(len(ids)))
-        row[2].extend([0.0] + [QUESTION_WEIGHT if label == -100 else 1.0 for label in labels[1:]])
-    for ids, positions, weights in done:
-        spare = ROW - len(ids)
-        ids += [pad] * spare
-        positions += range(spare)
-        weights += [0.0] * spare
-    return tuple(torch.tensor([row[part] for row in done]) for part in range(3))
 
 
 def optimizers(model: Qwen3ForCausalLM, size: str) -> list[tuple[torch.optim.Optimizer, float]]:
