@@ -1,12 +1,15 @@
 """Everything a borrowed GPU can tell, in one call under 8 minutes: `python benchmarks/gpu_round.py --out DIR`.
 
-    gpu       tests/test_gpu.py: ops, calibration, one step and whole runs on the GPU against the CPU
-    versions  tests/kernels and the trainer's tests with that machine's versions of torch and transformers, on its CPU
-    timings   benchmarks/test_ops.py at GPU shapes, as JSON
-    demo      the embedded example on the GPU
+    tests       tests/kernels and tests/test_gpu.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
+    aot         registers, spills and shared memory of every kernel with that machine's Triton, beside the tests
+    benchmarks  every row of benchmarks/test_*.py at the shapes of the targets, as JSON
+    launches    every launch of red_kernels/triton/launch.py
+    ncu         a profile of the kernel furthest from its ceiling, where ncu runs
+    demo        the embedded example on the GPU
 
-Each part has its own time limit and log; one that fails does not stop the others. DIR/round.json says how each ended; the exit code is the
-number of parts that did not end well. Without a GPU it refuses, unless `--cpu` asks for a rehearsal.
+Each part has a limit, and all share the time: a late part gets what is left. One that fails does not stop the others; the exit code is the number that
+failed, aot and ncu aside. DIR gets at most 8 files; the summary is printed last, failures first, then every goal. Without a GPU it refuses, unless
+`--cpu` asks for a rehearsal: a few tests, tiny shapes, Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,60 +17,167 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import report
+
+SECONDS = 470  # for everything
+GRACE = 8  # between asking a process to stop and stopping it: pytest then still writes its rows
+LOG_BYTES = 1 << 20  # of one command that are kept
+NOT_ON_A_GPU = {"test_aot.py"}  # compiles in processes of its own: the part aot does that
 
 
-def parts(out: Path) -> dict[str, tuple[int, list[str]]]:
-    """Name -> (limit in seconds, command)."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    return {
-        "gpu": (120, [*pytest, "tests/test_gpu.py"]),
-        "versions": (120, [*pytest, "tests/kernels", "tests/test_trainer.py", "tests/test_projections.py"]),
-        "timings": (90, [*pytest, "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'timings.json'}"]),
-        "demo": (150, [sys.executable, "-m", "red.cli", "demo", "--output_dir", str(out / "demo"), "--steps", "150"]),
-    }
+class Command(NamedTuple):
+    name: str
+    limit: float  # seconds, from the start of its group
+    words: Sequence[str | Path]
+    optional: bool = False
 
 
-def run(name: str, limit: int, command: list[str], out: Path) -> dict:
-    """One part: its output goes to DIR/name.log; the last lines are printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
-    began = time.perf_counter()
-    with open(out / f"{name}.log", "w") as log:
-        try:
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-    seconds = time.perf_counter() - began
-    print(f"== {name}: {'out of time' if code is None else f'exit {code}'} after {seconds:.0f} s", flush=True)
-    print("\n".join((out / f"{name}.log").read_text().splitlines()[-12:]), flush=True)
-    return {"exit": code, "seconds": seconds, "limit": limit, "command": command}
+def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
+    """Groups of commands; those of a group run side by side."""
+    python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    shapes = ["--shapes", "tiny"] if cpu else []
+    return [
+        [
+            Command("aot", 150, [python, "benchmarks/aot.py", "--out", out / "aot.json", *(["--ops", "tap_mse"] if cpu else [])], optional=True),
+            *[Command(f"tests {path}", 150, [*pytest, path]) for path in test_files(cpu)],
+        ],
+        [Command("benchmarks", 160, [*pytest, "benchmarks", "--benchmark-only", "--kernels-json", out, *shapes])],
+        [Command("launches", 70, [python, "benchmarks/launches.py", "--out", out / "launches.json", *shapes, *(["--seconds", "0"] if cpu else [])])],
+    ]
+
+
+def last_parts(out: Path, scratch: Path, cpu: bool) -> list[list[Command]]:
+    """Those that depend on the first."""
+    parts, op = [], furthest(kernel_rows(out))
+    if shutil.which("ncu") and op and not cpu:
+        once = [sys.executable, "benchmarks/launches.py", "--once", op]
+        profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:^{op}", "--launch-count", "8"]
+        parts.append([Command(f"ncu {op}", 60, [*profile, *once], optional=True)])
+    demo = [sys.executable, "-m", "red.cli", "demo", "--output_dir", scratch / "demo", "--steps", "4" if cpu else "150"]
+    return [*parts, [Command("demo", 150, demo + ["--starts", "activation"] * cpu)]]
+
+
+def test_files(cpu: bool) -> list[Path]:
+    if cpu:
+        return [Path("tests/kernels/test_op_backend.py"), Path("tests/kernels/test_triton_tap_mse.py"), Path("tests/test_gpu.py")]
+    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/kernels").glob("test_*.py") if path.name not in NOT_ON_A_GPU)
+    return [*kernels, Path("tests/test_gpu.py"), Path("tests/test_trainer.py"), Path("tests/test_projections.py")]
+
+
+def run(command: Command, deadline: float, scratch: Path) -> dict:
+    """How it ended; its output is in `log`. Past its limit it is interrupted, then killed with everything it started."""
+    began = time.monotonic()
+    limit = min(command.limit, deadline - began)
+    log = scratch / f"{command.name.replace('/', '_').replace(' ', '_')}.log"
+    ended: dict = {"name": command.name, "optional": command.optional, "command": [str(word) for word in command.words], "log": log}
+    if limit < 5:
+        log.write_text("not started: no time left\n")
+        return {**ended, "exit": None, "seconds": 0.0}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
+    with open(log, "w") as file:
+        process = subprocess.Popen(list(map(str, command.words)), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        code = None
+        for seconds, stop in ((limit, signal.SIGINT), (GRACE, signal.SIGKILL), (GRACE, None)):
+            try:
+                code = process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                if stop:
+                    os.killpg(process.pid, stop)
+    seconds = time.monotonic() - began
+    return {**ended, "exit": None if seconds > limit else code, "seconds": seconds}
+
+
+def kernel_rows(out: Path) -> list[dict]:
+    return [row for path in out.glob("kernels_*.json") for row in json.loads(path.read_text())["rows"]]
+
+
+def furthest(rows: list[dict]) -> str | None:
+    """The op whose row of a target is furthest from its ceiling."""
+    rows = [row for row in rows if row["target"]]
+    return min(rows, key=lambda row: row["percent_of_ceiling"])["op"] if rows else None
+
+
+def summary(ended: list[dict], out: Path, seconds: float) -> list[str]:
+    """What failed, the goals, the rows, the launches: in that order."""
+    failed = [part for part in ended if part["exit"] != 0]
+    lines = [f"{len(ended) - len(failed)} of {len(ended)} commands ended well, {seconds:.0f} s, {report.timing.device_name()}, commit {report.commit()}"]
+    for part in failed:
+        lines.append(f"FAILED {part['name']}: {how(part)} after {part['seconds']:.0f} s{' (optional)' * part['optional']}")
+        said = part["log"].read_text(errors="replace").splitlines()
+        lines += [f"    {line[:240]}" for line in ([line for line in said if line.startswith(("FAILED", "ERROR"))] or said[-4:])[:12]]
+    rows = kernel_rows(out)
+    lines += [*report.goal_lines(rows), *map(report.line, rows)]
+    if (out / "launches.json").exists():
+        from benchmarks.launches import lines as launch_lines
+
+        lines += launch_lines(json.loads((out / "launches.json").read_text())["rows"])
+    return lines
+
+
+def keep(part: dict, out: Path) -> None:
+    """Its output, or the end of it, in DIR/log.txt; a profile in a file of its own."""
+    said = part["log"].read_bytes()[-LOG_BYTES:].decode(errors="replace")
+    with open(out / ("ncu.txt" if part["name"].startswith("ncu") else "log.txt"), "a") as file:
+        file.write(f"==== {part['name']}: {how(part)} after {part['seconds']:.0f} s\n{said}\n")
+    print(f"== {part['name']}: {how(part)} after {part['seconds']:.0f} s", flush=True)
+
+
+def how(part: dict) -> str:
+    return "out of time" if part["exit"] is None else f"exit {part['exit']}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON; made if missing")
-    parser.add_argument("--only", nargs="+", default=None, help="some of the parts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for JSON and the log; made if missing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only commands whose name begins with one of these")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default: {SECONDS})")
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.cpu:
         parser.error("no GPU is visible; --cpu rehearses without one")
-    options.out.mkdir(parents=True, exist_ok=True)
-    out, known = options.out.resolve(), parts(options.out.resolve())
-    unknown = set(options.only or ()) - known.keys()
-    if unknown:
-        parser.error(f"unknown part {sorted(unknown)}; known are {', '.join(known)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found = {name: run(name, *known[name], out) for name in options.only or known}
-    summary = {"device": device, "torch": torch.__version__, "parts": found}
-    (out / "round.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return sum(part["exit"] != 0 for part in found.values())
+    began, out = time.monotonic(), options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").write_text(json.dumps({"device": report.timing.device_name(), "versions": report.versions(), "commit": report.commit()}) + "\n")
+    print((out / "log.txt").read_text(), flush=True)
+    ended: list[dict] = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2 if options.cpu else max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
+
+        def go(groups: list[list[Command]]) -> None:
+            for group in groups:
+                wanted = [one for one in group if not options.only or one.name.startswith(tuple(options.only))]
+                together = time.monotonic() + max((one.limit for one in wanted), default=0)
+                deadline = min(together, began + options.seconds)
+                for part in pool.map(lambda one, deadline=deadline: run(one, deadline, Path(scratch)), wanted):
+                    keep(part, out)
+                    ended.append(part)
+
+        go(first_parts(out, options.cpu))
+        go(last_parts(out, Path(scratch), options.cpu))
+        if (results := Path(scratch) / "demo/results.json").exists():
+            shutil.copy(results, out / "demo.json")
+        lines = summary(ended, out, time.monotonic() - began)
+    parts = [{name: value for name, value in part.items() if name != "log"} for part in ended]
+    (out / "round.json").write_text(json.dumps({"versions": report.versions(), "parts": parts, "summary": lines}, indent=1) + "\n")
+    print("\n" + "\n".join(lines))
+    return sum(part["exit"] != 0 and not part["optional"] for part in ended)
 
 
 if __name__ == "__main__":

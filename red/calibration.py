@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ from red import families
 from red.errors import REDError
 from red.files import atomic_write_safetensors
 from red.packing import for_attention
-from red_kernels import channel_stats
+from red_kernels import covariance as second_moment
+from red_kernels import rms_norm_stats
 
 TAPS = ("residual", "norm")
 LONGEST = 16  # tokens per point
@@ -132,30 +134,36 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
 
 
 class _Sums:
-    """The running sums, filled by hooks while the teacher runs."""
+    """The running sums on the teacher's device, filled while the teacher runs: each norm is computed together with what is counted there."""
 
     def __init__(self, teacher: PreTrainedModel, tap: str, covariance: bool, point_covariance: bool):
-        config = teacher.config
-        self.norms, self.tap = families.norm_paths(config), tap
-        d, points = config.hidden_size, config.num_hidden_layers + 1 if tap == "residual" else len(self.norms)
-        self.squared_means = torch.zeros(points, d, dtype=torch.float64)  # Σ over sequences of (mean over tokens of |x|)²
-        self.sum, self.square = torch.zeros(2, len(self.norms), d, dtype=torch.float64).unbind()
-        self.taps = families.taps(config)
-        self.longest = torch.zeros(len(self.norms), LONGEST, d)
-        self.log_rms = torch.zeros(len(self.norms), dtype=torch.float64)
-        self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), dtype=torch.float64)
-        self.covariance = torch.zeros(d, d, dtype=torch.float64, device=teacher.device) if covariance else None
-        dtype = torch.promote_types(teacher.dtype, torch.float32)
-        self.point_covariance = torch.zeros(len(self.norms), d, d, dtype=dtype) if point_covariance else None
+        config, device = teacher.config, teacher.device
+        self.norms, self.taps, self.tap = families.norm_paths(config), families.taps(config), tap
+        d, norms = config.hidden_size, len(self.norms)
+        points, wide = config.num_hidden_layers + 1 if tap == "residual" else norms, dict(dtype=torch.float64, device=device)
+        self.squared_means = torch.zeros(points, d, **wide)  # Σ over sequences of (mean over tokens of |x|)²
+        self.sum, self.square, self.log_rms = torch.zeros(norms, d, **wide), torch.zeros(norms, d, **wide), torch.zeros(norms, **wide)
+        self.longest = torch.zeros(norms, LONGEST, d, device=device)
+        self.tap_square = torch.zeros(config.num_hidden_layers, len(families.TAPS), **wide)
+        self.covariance = torch.zeros(d, d, **wide) if covariance else None
+        self.dtype = torch.promote_types(teacher.dtype, torch.float32)
+        self.point_covariance = torch.zeros(norms, d, d, dtype=self.dtype) if point_covariance else None  # on the host
         self.sequences = self.tokens = 0
 
     @contextmanager
     def watching(self, teacher: PreTrainedModel):
-        handles = [teacher.get_submodule(path).register_forward_hook(self._hook(point)) for point, path in enumerate(self.norms)]
-        handles += [teacher.get_submodule(tap.path).register_forward_hook(self._tap_hook(tap)) for tap in self.taps]
+        norms = [teacher.get_submodule(path) for path in self.norms]
+        own = [norm.__dict__.get("forward") for norm in norms]
+        handles = [teacher.get_submodule(tap.path).register_forward_hook(self._tap_hook(tap)) for tap in self.taps]
         try:
+            for point, norm in enumerate(norms):
+                norm.forward = partial(self._normalise, point, norm, norm.forward)
             yield
         finally:
+            for norm, forward in zip(norms, own, strict=True):
+                norm.__dict__.pop("forward", None)
+                if forward is not None:
+                    norm.forward = forward
             for handle in handles:
                 handle.remove()
 
@@ -168,39 +176,37 @@ class _Sums:
         self.sequences += count
         self.tokens += int(self.mask.sum())
 
-    def _hook(self, point: int):
+    def _normalise(self, point: int, norm: nn.Module, own_forward: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+        """The norm's output for `stream [B, T, d]`; what is counted at this read point comes out of the same pass."""
         # Read points 0, 2, 4, … are the embedding and the outputs of the layers: the residual tap.
-        scored = point % 2 == 0 if self.tap == "residual" else True
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            stream = args[0]  # [B, T, d]
-            if scored and self.num_segments:
-                stats = channel_stats(stream if self.tap == "residual" else output, self.segments, self.num_segments)
-                means = stats.abs_sum.double() / stats.count.double().unsqueeze(-1)
-                self.squared_means[point // 2 if self.tap == "residual" else point] += means.square().sum(0).cpu()
-            x = stream[self.mask]
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            square = x.square().mean(-1, keepdim=True).clamp_min(1e-30)
-            z = x * torch.rsqrt(square)
-            self.log_rms[point] += square.double().log().sum().cpu() / 2
-            top = square[:, 0].topk(min(LONGEST, len(x))).indices
-            candidates = torch.cat([self.longest[point], x[top].float().cpu()])
-            self.longest[point] = candidates[candidates.square().sum(-1).topk(LONGEST).indices]
-            self.sum[point] += z.double().sum(0).cpu()
-            self.square[point] += z.double().square().sum(0).cpu()
-            if self.covariance is not None or self.point_covariance is not None:
-                product = z.T @ z
-                if self.covariance is not None:
-                    self.covariance += product.double()
-                if self.point_covariance is not None:
-                    self.point_covariance[point] += product.to("cpu", self.point_covariance.dtype)
-        return hook
+        scored = point // 2 if self.tap == "residual" and point % 2 == 0 else point if self.tap == "norm" else None
+        found = rms_norm_stats(stream, norm.weight, norm.variance_epsilon, segment_ids=self.segments, num_segments=self.num_segments,
+                               of="stream" if self.tap == "residual" else "output", ordered=True)
+        if scored is not None:
+            self.squared_means[scored] += (found.abs_sum.double() / found.count.double().unsqueeze(-1)).square().sum(0)
+        self.sum[point] += found.sum
+        self.square[point] += found.square_sum
+        square = found.mean_square.clamp_min(1e-30)  # [B, T]
+        self.log_rms[point] += torch.where(self.mask, square.double().log(), 0).sum() / 2
+        top = torch.where(self.mask, found.mean_square, 0).flatten().topk(min(LONGEST, square.numel()))
+        rows = torch.where(top.values[:, None] > 0, stream.flatten(0, 1)[top.indices].float(), 0)
+        candidates = torch.cat([self.longest[point], rows])
+        self.longest[point] = candidates[candidates.square().sum(-1).topk(LONGEST).indices]
+        if self.covariance is not None or self.point_covariance is not None:
+            product = second_moment(stream, scale=square.rsqrt(), mask=self.mask, out=stream.new_zeros((stream.shape[-1],) * 2, dtype=self.dtype))
+            if self.covariance is not None:
+                self.covariance += product
+            if self.point_covariance is not None:
+                self.point_covariance[point] += product.cpu()
+        # The op rounds where transformers does, to float32 at best; a float64 teacher's norms may be somebody's own.
+        return own_forward(stream) if stream.dtype == torch.float64 else found.output
 
     def _tap_hook(self, tap: families.Tap):
         place = (tap.layer, families.TAPS.index(tap.name))
 
         def hook(_: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.tap_square[place] += output[self.mask].double().square().mean(-1).sum().cpu()
+            square = output.to(self.dtype).square().mean(-1)
+            self.tap_square[place] += torch.where(self.mask, square, 0).sum(dtype=torch.float64)
         return hook
 
     def finish(self, tap: str, model: str, tokenizer: str) -> Calibration:
@@ -211,10 +217,11 @@ class _Sums:
                 point, channel = (~values.isfinite()).nonzero()[0].tolist()
                 raise REDError(f"The teacher's {what} is NaN or infinite at point {point}, channel {channel} of the residual stream. "
                                "Load the teacher in fp32 or bf16 (fp16 overflows), and check its weights for NaN.")
-        covariance = None if self.covariance is None else self.covariance.cpu() / (self.tokens * len(self.norms))
-        points = None if self.point_covariance is None else self.point_covariance.div_(self.tokens)
-        return Calibration(self.squared_means.sqrt().mean(0), self.sum / self.tokens, self.square / self.tokens, self.longest,
-                           self.log_rms / self.tokens, self.tap_square / self.tokens, covariance, tap, self.sequences, self.tokens, model, tokenizer, points)
+        count, points = self.tokens, self.point_covariance
+        pooled = None if self.covariance is None else self.covariance.cpu() / (count * len(self.norms))
+        return Calibration(self.squared_means.sqrt().mean(0).cpu(), self.sum.cpu() / count, self.square.cpu() / count, self.longest.cpu(),
+                           self.log_rms.cpu() / count, self.tap_square.cpu() / count, pooled, tap, self.sequences, count, model, tokenizer,
+                           None if points is None else points.div_(count))
 
 
 def _segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:

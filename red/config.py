@@ -51,7 +51,7 @@ class REDConfig(TrainingArguments):
     tap_detach: bool | None = field(default=None, metadata={"help": "Keep the gradient of the FFN-output tap out of its target; on, but off with lrc_faithful."})
     tap_normalize: bool | None = field(default=None, metadata={"help": "Divide each tap's error by the mean square of the teacher's output there; on, but off with lrc_faithful."})
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
-    loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens whose logits exist at a time."})
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at a time; 1024 on a CPU, what fits a GiB on a GPU."})
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of projections and norm gains."})
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from red import families
 from red.errors import REDError
 from red.starts import StartMaps
+from red_kernels import gather_many
 
 
 @dataclass
@@ -49,6 +50,15 @@ class Factor:
             self.weight.copy_(master @ self.teacher.to(master.dtype))
             if self.bias is not None:
                 self.bias.copy_(master @ self.teacher_bias.to(master.dtype))
+
+    def selects(self, channels: Tensor) -> bool:
+        """Whether the master is the selection matrix of `channels [d']`."""
+        if self.side == "gain":
+            return False
+        select = self.master.detach() if self.side == "input" else self.master.detach().T  # [d, d']
+        channels = channels.to(select.device)
+        ones = select[channels, torch.arange(len(channels), device=select.device)]
+        return bool((ones == 1).all()) and int(select.count_nonzero()) == len(channels)
 
     def pull(self) -> Tensor | None:
         """The master's gradient from the student's; None where the student's parameter got none."""
@@ -81,7 +91,24 @@ class Projections:
         self.pulled = False
         self.factors = _factors(teacher, student, start)
         self._by_name = {factor.name: factor for factor in self.factors}
-        self.push_forward()
+        self._write_first_weights()
+
+    @torch.no_grad()
+    def _write_first_weights(self) -> None:
+        """A map that selects channels is a gather, one launch for all of a layer; every other is a product."""
+        chosen: dict[str, list[Factor]] = {}
+        for factor in self.factors:
+            if self.channels is not None and factor.selects(self.channels):
+                chosen.setdefault(".".join(factor.name.split(".")[:3]), []).append(factor)
+            else:
+                factor.push()
+        for factors in chosen.values():
+            channels = self.channels.to(factors[0].teacher.device)
+            dims = [1 if factor.side == "input" else 0 for factor in factors]
+            for factor, weight in zip(factors, gather_many([factor.teacher for factor in factors], [channels] * len(factors), dims), strict=True):
+                factor.weight.copy_(weight)
+                if factor.bias is not None:
+                    factor.bias.copy_(factor.teacher_bias[channels])
 
     def __iter__(self) -> Iterator[Factor]:
         return iter(self.factors)

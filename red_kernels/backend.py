@@ -15,7 +15,7 @@ from torch import Tensor
 from red_kernels import reference
 
 CHOICES = ("auto", "torch", "triton")
-TRITON_OPS = frozenset({"tap_mse"})  # names of the ops that have a Triton kernel
+TRITON_OPS = frozenset({"channel_stats", "covariance", "gather", "gather_many", "linear_kd", "rms_norm_stats", "selection_low_rank", "tap_mse"})  # names of the ops that have a Triton kernel
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,6 +1,7 @@
 """Cross-entropy and distillation from hidden states, the two output heads included: logits never exist whole.
 
-    z = hidden · weightᵀ,  z' = teacher_hidden · teacher_weightᵀ,  q = softmax(z/T),  p = softmax(z'/T)
+    z = f(hidden · weightᵀ),  z' = f(teacher_hidden · teacher_weightᵀ),  q = softmax(z/T),  p = softmax(z'/T)
+    f(x) = logit_scale · x, or c tanh(logit_scale · x / c) with c = logit_softcap (Gemma 2, arXiv 2408.00118)
 
     ce   = Σ_{labels ≠ ignore_index} -log softmax(z)[label] / num_tokens
     kl   = Σ_{kl_mask} D(p, q) / num_kl_tokens                       no factor T²
@@ -11,12 +12,16 @@
     jsd      D = β KL(p‖m) + (1-β) KL(q‖m)            dD/dz = (1-β) q (log q/m - KL(q‖m)) / T
              m = β p + (1-β) q                        generalised JSD, GKD (arXiv 2306.13649)
 
+Every KL(p‖q) is summed as Σ p (e^-r - 1 + r), r = log p/q: no term is negative, and what rounding does to the normalisers of p
+and q cancels to first order, so a divergence far below the rounding of a logarithm (high T, equal models) keeps its digits.
+
 Tokens go through in chunks; a chunk's logits are made, its loss summed, and its dloss/dz turned at once into the gradients of
 `hidden` and `weight`. So the forward does the whole work and the backward multiplies by one number. Matrix products run
 in the inputs' dtype; softmax, loss and the sum of the weight's gradient over chunks are float32 (float64 for float64).
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -48,15 +53,19 @@ def _op(
     num_tokens: Tensor,
     num_kl_tokens: Tensor,
     ignore_index: int,
-    chunk_size: int,
+    vocab_size: int,
+    logit_scale: float,
+    logit_softcap: Optional[float],
+    teacher_top_k: Optional[int],
+    chunk_size: Optional[int],
     need_grad_hidden: bool,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend.select("linear_kd", hidden)
-    checks.check_range("linear_kd", "labels", labels, 0, weight.shape[0], except_value=ignore_index)
-    return reference.linear_kd(
-        hidden, weight, teacher_hidden, teacher_weight, labels, kl_mask, temperature, divergence, beta,
-        ce_weight, kl_weight, num_tokens, num_kl_tokens, ignore_index, chunk_size, need_grad_hidden, need_grad_weight,
+    checks.check_range("linear_kd", "labels", labels, 0, vocab_size, except_value=ignore_index)
+    return backend.implementation("linear_kd", hidden, teacher_hidden).linear_kd(
+        hidden, weight, teacher_hidden, teacher_weight, labels, kl_mask, temperature, divergence, beta, ce_weight, kl_weight,
+        num_tokens, num_kl_tokens, ignore_index, vocab_size, logit_scale, logit_softcap, teacher_top_k, chunk_size,
+        need_grad_hidden, need_grad_weight,
     )  # fmt: skip
 
 
@@ -80,7 +89,7 @@ def _backward(ctx, grad_loss, *_):
     return (
         grad_hidden * grad_loss if need_hidden else None,
         grad_weight * grad_loss if need_weight else None,
-        *[None] * 15,
+        *[None] * 19,
     )
 
 
@@ -91,7 +100,7 @@ def linear_kd(
     hidden: Tensor,  # [N, d']
     weight: Tensor,  # [V, d']
     teacher_hidden: Tensor,  # [N, d]
-    teacher_weight: Tensor,  # [V, d]
+    teacher_weight: Tensor,  # [V, d], or another number of rows with vocab_size
     labels: Tensor,  # [N] int64
     *,
     kl_mask: Tensor | None = None,  # [N] bool
@@ -103,7 +112,11 @@ def linear_kd(
     num_tokens: float | Tensor | None = None,
     num_kl_tokens: float | Tensor | None = None,
     ignore_index: int = -100,
-    chunk_size: int = 1024,
+    vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    teacher_top_k: int | None = None,
+    chunk_size: int | None = None,
 ) -> LinearKD:  # three 0-dim tensors, float32 (float64 for float64 hidden)
     """Fused output head, cross-entropy and divergence from the teacher (module docstring).
 
@@ -117,7 +130,12 @@ def linear_kd(
         divergence: "forward" KL(teacher‖student), "reverse" KL(student‖teacher), or "jsd" with 0 < `beta` < 1.
         num_tokens, num_kl_tokens: the divisors, such as the counts of all micro-batches and ranks (a number, or a 0-dim
             tensor, which does not recompile). None = the rows of this call, at least 1.
-        chunk_size: rows whose logits exist at a time.
+        vocab_size: how many rows of both heads are tokens; the rest is padding, in which the two may differ: probability and
+            gradient are exactly 0 there. None = all, of two heads with equally many.
+        logit_scale, logit_softcap: f above, of both models: z = logit_scale · x, bent to ± logit_softcap if that is given.
+        teacher_top_k: p restricted to the teacher's k largest logits, ties at the k-th kept, and renormalised; not for "reverse",
+            which is infinite there.
+        chunk_size: rows whose logits exist at a time. None = 1024, or what fits a fixed budget of memory on a GPU with Triton.
 
     Under autocast the products run in its dtype, as those of `nn.Linear` would. A float16 student is refused where it needs
     a gradient: the gradients of a token mean underflow there.
@@ -129,7 +147,10 @@ def linear_kd(
     need_grad_hidden = torch.is_grad_enabled() and hidden.requires_grad
     need_grad_weight = torch.is_grad_enabled() and weight.requires_grad
     _check_tensors(hidden, weight, teacher_hidden, teacher_weight, labels, kl_mask)
-    _check_options(temperature, divergence, beta, chunk_size)
+    vocab_size = _vocabulary(weight.shape[0], teacher_weight.shape[0], vocab_size)
+    _check_options(temperature, divergence, beta, logit_scale, logit_softcap, teacher_top_k, chunk_size)
+    if teacher_top_k is not None and teacher_top_k >= vocab_size:
+        teacher_top_k = None
     if hidden.dtype == torch.float16 and (need_grad_hidden or need_grad_weight):
         raise TypeError("linear_kd: gradients of a float16 student would underflow; use bfloat16 or float32")
 
@@ -140,7 +161,8 @@ def linear_kd(
         float(temperature), divergence, float(beta), float(ce_weight), float(kl_weight),
         checks.token_count("linear_kd", "num_tokens", num_tokens, ce_mask, like=hidden),
         checks.token_count("linear_kd", "num_kl_tokens", num_kl_tokens, kl_mask, like=hidden),
-        ignore_index, chunk_size, need_grad_hidden, need_grad_weight,
+        ignore_index, vocab_size, float(logit_scale), None if logit_softcap is None else float(logit_softcap), teacher_top_k,
+        chunk_size, need_grad_hidden, need_grad_weight,
     )  # fmt: skip
     return LinearKD(loss, ce, kl)
 
@@ -160,12 +182,10 @@ def _check_tensors(hidden, weight, teacher_hidden, teacher_weight, labels, kl_ma
     for name, tensor in given.items():
         if tensor.dim() != 2:
             raise ValueError(f"{op}: {name} must have two dimensions, got shape {list(tensor.shape)}")
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    checks.require_shape(op, "weight", weight, (vocabulary, hidden.shape[1]), "[V, d'] with hidden's d'")
+    rows = hidden.shape[0]
+    checks.require_shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "[V, d'] with hidden's d'")
     checks.require_shape(op, "teacher_hidden", teacher_hidden, (rows, teacher_hidden.shape[1]), "[N, d] with hidden's N")
-    checks.require_shape(
-        op, "teacher_weight", teacher_weight, (vocabulary, teacher_hidden.shape[1]), "[V, d] with weight's V and teacher_hidden's d"
-    )
+    checks.require_shape(op, "teacher_weight", teacher_weight, (teacher_weight.shape[0], teacher_hidden.shape[1]), "[V, d] with teacher_hidden's d")
     checks.require_shape(op, "labels", labels, (rows,), "[N]")
     checks.require_dtype(op, "labels", labels, torch.int64)
     checks.require_dtype(op, "weight (as hidden)", weight, hidden.dtype)
@@ -175,12 +195,41 @@ def _check_tensors(hidden, weight, teacher_hidden, teacher_weight, labels, kl_ma
         checks.require_dtype(op, "kl_mask", kl_mask, torch.bool)
 
 
-def _check_options(temperature: float, divergence: str, beta: float, chunk_size: int) -> None:
+def _vocabulary(rows: int, teacher_rows: int, vocab_size: int | None) -> int:
+    """How many tokens there are."""
+    if vocab_size is None:
+        if rows != teacher_rows:
+            raise ValueError(
+                f"linear_kd: weight has {rows} rows, teacher_weight {teacher_rows}; if the tokens are the same and the rest is padding, "
+                f"give their number as vocab_size, at most {min(rows, teacher_rows)}"
+            )
+        return rows
+    if not 1 <= vocab_size <= min(rows, teacher_rows):
+        raise ValueError(f"linear_kd: vocab_size={vocab_size}; expected 1 to {min(rows, teacher_rows)}, the rows of the smaller head")
+    return vocab_size
+
+
+def _check_options(
+    temperature: float,
+    divergence: str,
+    beta: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    teacher_top_k: int | None,
+    chunk_size: int | None,
+) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"linear_kd: divergence={divergence!r}; expected one of {', '.join(DIVERGENCES)}")
-    if not temperature > 0:
-        raise ValueError(f"linear_kd: temperature must be positive, got {temperature}")
     if divergence == "jsd" and not 0 < beta < 1:
         raise ValueError(f"linear_kd: beta={beta} of jsd must lie between 0 and 1, where it is 0; its limits are 'forward' and 'reverse'")
-    if chunk_size < 1:
-        raise ValueError(f"linear_kd: chunk_size must be at least 1, got {chunk_size}")
+    if divergence == "reverse" and teacher_top_k is not None:
+        raise ValueError(
+            f"linear_kd: teacher_top_k={teacher_top_k} with divergence='reverse': KL(student‖teacher) is infinite where the teacher is 0; "
+            "use 'forward' or 'jsd', or teacher_top_k=None"
+        )
+    for name, value in dict(temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap).items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"linear_kd: {name} must be positive, got {value}")
+    for name, value in dict(teacher_top_k=teacher_top_k, chunk_size=chunk_size).items():
+        if value is not None and value < 1:
+            raise ValueError(f"linear_kd: {name} must be at least 1, got {value}")

@@ -5,11 +5,19 @@ out are replaced by zeros *before* any arithmetic, because 0 · NaN is NaN. Ever
 registration and public function.
 """
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+
+from red_kernels.reference_linear_kd import linear_kd  # noqa: F401
+from red_kernels.reference_selection import (  # noqa: F401
+    covariance,
+    gather,
+    gather_backward,
+    gather_many,
+    gather_scale_backward,
+    selection_low_rank,
+    selection_low_rank_backward,
+)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -20,139 +28,71 @@ def channel_stats(
     x: Tensor,  # [B, T, D]
     segment_ids: Tensor | None,  # [B, T] int64, -1 = padding
     num_segments: int,
-) -> tuple[Tensor, Tensor]:  # [S, D] fp32, [S] int64
-    """abs_sum[s] = Σ_{tokens of s} |x|; count[s] = number of those tokens."""
+    squares: bool,
+    maximum: bool,
+    ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [S, D] fp32, [S] int64, [S, D] fp32, [S, D] fp32
+    """abs_sum[s] = Σ_{tokens of s} |x|; count[s] = number of those tokens; Σ x²; max |x|, of which NaN is the largest.
+
+    What was not asked for comes without elements. In what order the ids come makes no difference here.
+    """
     batch, length, width = x.shape
+    size, dtype = x.abs(), accumulator(x.dtype)
+    square_sum, abs_max = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
     if segment_ids is None:
-        abs_sum = x.abs().sum(dim=1, dtype=accumulator(x.dtype))
-        return abs_sum.float(), torch.full((batch,), length, dtype=torch.int64, device=x.device)
+        if squares:
+            square_sum = size.to(dtype).square().sum(1).float()
+        if maximum:
+            abs_max = size.amax(1).float() if length else x.new_zeros((batch, width), dtype=torch.float32)
+        return size.sum(1, dtype=dtype).float(), torch.full((batch,), length, dtype=torch.int64, device=x.device), square_sum, abs_max
 
     # One more segment collects the padding and is then dropped, so NaN in padding never meets a real sum.
     ids = torch.where(segment_ids < 0, num_segments, segment_ids).flatten()
-    values = x.abs().to(accumulator(x.dtype)).reshape(batch * length, width)
-    abs_sum = values.new_zeros(num_segments + 1, width)
-    if x.is_cpu:
-        abs_sum.index_add_(0, ids, values)  # sequential on a CPU
-    else:
-        abs_sum.index_put_((ids,), values, accumulate=True)  # sorts first; index_add_ is atomics, in any order
+    size = size.to(dtype).reshape(batch * length, width)
+
+    def sums(values: Tensor) -> Tensor:
+        total = values.new_zeros(num_segments + 1, width)
+        if x.is_cpu:
+            total.index_add_(0, ids, values)  # sequential on a CPU
+        else:
+            total.index_put_((ids,), values, accumulate=True)  # sorts first; index_add_ is atomics, in any order
+        return total[:num_segments].float().clone()  # copies, since the results of a registered op must not share storage with anything else
+
+    if squares:
+        square_sum = sums(size.square())
+    if maximum:
+        highest = size.new_zeros(num_segments + 1, width).scatter_reduce_(0, ids[:, None].expand_as(size), size, "amax")
+        abs_max = highest[:num_segments].float().clone()
     count = ids.new_zeros(num_segments + 1).scatter_add_(0, ids, torch.ones_like(ids))
-    # Copies, since the results of a registered op must not share storage with anything else.
-    return abs_sum[:num_segments].float().clone(), count[:num_segments].clone()
+    return sums(size), count[:num_segments].clone(), square_sum, abs_max
 
 
-def along(vector: Tensor, dim: int, ndim: int) -> Tensor:
-    """View `vector` [k] so that it broadcasts along dimension `dim` of an `ndim`-dimensional tensor."""
-    return vector.view([-1 if axis == dim else 1 for axis in range(ndim)])
+def rms_norm_stats(
+    x: Tensor,  # [B, T, D]
+    weight: Tensor,  # [D]
+    eps: float,
+    residual: Tensor | None,  # [B, T, D]
+    segment_ids: Tensor | None,  # [B, T] int64, -1 = padding
+    num_segments: int,
+    of_output: bool,
+    ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(output [B, T, D], stream [B, T, D], mean square [B, T], abs_sum [S, D] fp32, count [S] int64, [Σ z, Σ z²] [2, D]).
 
-
-def gather(x: Tensor, index: Tensor, dim: int, scale: Tensor | None) -> Tensor:
-    """y[…, j, …] = x[…, index[j], …] · scale[j]"""
-    picked = x.index_select(dim, index)
-    if scale is None:
-        return picked
-    dtype = accumulator(x.dtype)
-    return (picked.to(dtype) * along(scale.to(dtype), dim, x.dim())).to(x.dtype)
-
-
-def gather_backward(grad: Tensor, index: Tensor, dim: int, scale: Tensor | None, width: int) -> Tensor:
-    """dx[…, i, …] = Σ_{j: index[j] = i} dy[…, j, …] · scale[j]"""
-    grad_y = grad.to(accumulator(grad.dtype))
-    if scale is not None:
-        grad_y = grad_y * along(scale.to(grad_y.dtype), dim, grad.dim())
-    shape = list(grad.shape)
-    shape[dim] = width
-    return grad_y.new_zeros(shape).index_add_(dim, index, grad_y).to(grad.dtype)
-
-
-def gather_scale_backward(grad: Tensor, x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """dscale[j] = Σ_{all other dimensions} dy[…, j, …] · x[…, index[j], …]"""
-    dtype = accumulator(x.dtype)
-    product = grad.to(dtype) * x.index_select(dim, index).to(dtype)
-    others = [axis for axis in range(x.dim()) if axis != dim]
-    return product.sum(dim=others) if others else product
-
-
-def token_divergence(
-    log_p: Tensor,  # [C, V] teacher log-probabilities at the temperature
-    log_q: Tensor,  # [C, V] student log-probabilities at the temperature
-    divergence: str,
-    beta: float,
-) -> tuple[Tensor, Tensor]:  # [C], [C, V]
-    """D(p, q) of every row, and its gradient with respect to the argument of the softmax that gave q."""
-    p, q = log_p.exp(), log_q.exp()
-    if divergence == "forward":  # KL(p‖q)
-        return (p * (log_p - log_q)).sum(-1), q - p
-    if divergence == "reverse":  # KL(q‖p)
-        ratio = log_q - log_p
-        value = (q * ratio).sum(-1)
-        return value, q * (ratio - value[:, None])
-    # jsd: β KL(p‖m) + (1-β) KL(q‖m), m = β p + (1-β) q. Through m comes -Σ (β p + (1-β) q)/m dm = -Σ dm = 0.
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    ratio = log_q - log_m
-    student = (q * ratio).sum(-1)
-    value = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * student
-    return value, (1 - beta) * q * (ratio - student[:, None])
-
-
-def linear_kd(
-    hidden: Tensor,  # [N, d']
-    weight: Tensor,  # [V, d']
-    teacher_hidden: Tensor,  # [N, d]
-    teacher_weight: Tensor,  # [V, d]
-    labels: Tensor,  # [N] int64
-    kl_mask: Tensor,  # [N] bool
-    temperature: float,
-    divergence: str,
-    beta: float,
-    ce_weight: float,
-    kl_weight: float,
-    num_tokens: Tensor,  # 0-dim
-    num_kl_tokens: Tensor,  # 0-dim
-    ignore_index: int,
-    chunk_size: int,
-    need_grad_hidden: bool,
-    need_grad_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce, kl, dloss/dhidden [N, d'], dloss/dweight [V, d']), one chunk of logits at a time.
-
-    A gradient that is not needed comes back with no elements.
+    The output is made in the order of transformers' LlamaRMSNorm, bit for bit. The stream comes without elements if it is x.
     """
-    dtype = accumulator(hidden.dtype)
-    grad_hidden = hidden.new_empty(hidden.shape if need_grad_hidden else 0)
-    grad_weight = torch.zeros(weight.shape if need_grad_weight else 0, dtype=dtype, device=weight.device)
-    ce = torch.zeros((), dtype=dtype, device=hidden.device)
-    kl = torch.zeros((), dtype=dtype, device=hidden.device)
-    ce_mask = labels != ignore_index
-
-    for start in range(0, hidden.shape[0], chunk_size):
-        rows = slice(start, start + chunk_size)
-        in_ce, in_kl = ce_mask[rows], kl_mask[rows]
-        h = torch.where((in_ce | in_kl)[:, None], hidden[rows], 0)
-        h_teacher = torch.where(in_kl[:, None], teacher_hidden[rows], 0)
-        target = torch.where(in_ce, labels[rows], 0)[:, None]
-        row_ce = in_ce.to(dtype) / num_tokens
-        row_kl = in_kl.to(dtype) / num_kl_tokens
-
-        z = (h @ weight.T).to(dtype)  # [C, V]
-        log_p = log_softmax((h_teacher @ teacher_weight.T).to(dtype) / temperature, dim=-1)
-        log_q1 = log_softmax(z, dim=-1)
-        log_q = log_q1 if temperature == 1.0 else log_softmax(z / temperature, dim=-1)
-        value, dz = token_divergence(log_p, log_q, divergence, beta)
-        ce -= (row_ce * log_q1.gather(1, target)[:, 0]).sum()
-        kl += (row_kl * value).sum()
-        if not (need_grad_hidden or need_grad_weight):
-            continue
-
-        dz_ce = log_q1.exp().scatter_add_(1, target, z.new_full((1, 1), -1.0).expand_as(target))  # softmax - onehot
-        dz *= (row_kl * (kl_weight / temperature))[:, None]
-        dz += dz_ce.mul_((row_ce * ce_weight)[:, None])
-        dz = dz.to(hidden.dtype)
-        if need_grad_hidden:
-            grad_hidden[rows] = dz @ weight
-        if need_grad_weight:
-            grad_weight += dz.T @ h
-
-    return ce_weight * ce + kl_weight * kl, ce, kl, grad_hidden, grad_weight.to(weight.dtype)
+    rounded = x if residual is None else x + residual
+    stream = rounded.float()
+    mean_square = stream.pow(2).mean(-1, keepdim=True)
+    output = weight * (stream * torch.rsqrt(mean_square + eps)).to(x.dtype)
+    if x.dtype == torch.float64:  # which transformers normalises in float32: the model's output is that, the statistics are not
+        stream, mean_square = rounded, rounded.pow(2).mean(-1, keepdim=True)
+    abs_sum, count, *_ = channel_stats(output if of_output else rounded, segment_ids, num_segments, False, False, ordered)
+    z = stream * torch.rsqrt(mean_square.clamp(min=1e-30))
+    if segment_ids is not None:
+        z.masked_fill_((segment_ids < 0)[..., None], 0)
+    moments = torch.stack([z.sum((0, 1)), z.square().sum((0, 1))])
+    return output.contiguous(), x.new_empty(0) if residual is None else rounded.contiguous(), mean_square[..., 0], abs_sum, count, moments
 
 
 def tap_mse(

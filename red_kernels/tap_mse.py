@@ -30,6 +30,16 @@ def _op(
     return backend.implementation("tap_mse", student, teacher).tap_mse(student, teacher, mask, index, num_tokens, need_grad)
 
 
+@torch.library.custom_op("red::tap_mse_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward_op(grad: Tensor, difference: Tensor, num_tokens: Tensor) -> Tensor:
+    return backend.implementation("tap_mse", difference).tap_mse_backward(grad, difference, num_tokens)
+
+
+@_backward_op.register_fake
+def _(grad, difference, num_tokens):
+    return torch.empty_like(difference)
+
+
 @_op.register_fake
 def _(student, teacher, mask, index, num_tokens, need_grad):
     loss = student.new_empty((), dtype=reference.accumulator(student.dtype))
@@ -49,13 +59,13 @@ def _backward(ctx, grad_loss, _):
     difference, index, num_tokens = ctx.saved_tensors
     student_dtype, teacher_dtype = ctx.dtypes
     grad_student = grad_teacher = None
-    grad = backend.implementation("tap_mse", difference).tap_mse_backward(grad_loss, difference, num_tokens)
+    grad = _backward_op(grad_loss, difference, num_tokens)
     if ctx.needs_input_grad[0]:
         grad_student = grad.to(student_dtype)
     if ctx.needs_input_grad[1]:
         grad_teacher = -grad
         if index is not None:
-            grad_teacher = reference.gather_backward(grad_teacher, index, grad.dim() - 1, None, ctx.teacher_width)
+            grad_teacher = torch.ops.red.gather_backward(grad_teacher, index, grad.dim() - 1, None, ctx.teacher_width, None)
         grad_teacher = grad_teacher.to(teacher_dtype)
     return grad_student, grad_teacher, None, None, None, None
 

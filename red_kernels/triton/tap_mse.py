@@ -34,7 +34,7 @@ def tap_mse_kernel(
         inside = column < width
         source = column
         if HAS_INDEX:
-            source = tl.load(index_ptr + column, mask=inside, other=0)
+            source = tl.max_contiguous(tl.load(index_ptr + column, mask=inside, other=0), 2)  # as in gather.py, for Triton 3.6
         # A masked token is not read: whatever it holds, NaN too, its difference is zero.
         read = counts[:, None] & inside[None, :]
         s = tl.load(student_ptr + row[:, None] * student_stride + column[None, :], mask=read, other=0.0).to(tl.float32)

@@ -9,8 +9,12 @@ from red_kernels import backend
 X = torch.randn(2, 3, 4)
 CALLS = {
     "channel_stats": lambda: red_kernels.channel_stats(X),
+    "rms_norm_stats": lambda: red_kernels.rms_norm_stats(X, X[0, 0], 1e-5),
+    "covariance": lambda: red_kernels.covariance(X, out=torch.zeros(4, 4)),
     "gather": lambda: red_kernels.gather(X, torch.tensor([1])),
+    "gather_many": lambda: red_kernels.gather_many([X[0]], [torch.tensor([1])], [0]),
     "linear_kd": lambda: red_kernels.linear_kd(X[0], X[1], X[0], X[1], torch.tensor([0, 1, 2])),
+    "selection_low_rank": lambda: red_kernels.selection_low_rank(X[0], torch.tensor([1]), torch.ones(4, 2), torch.ones(2, 1), "input"),
     "tap_mse": lambda: red_kernels.tap_mse(X, X),
     "erank": lambda: red_kernels.erank(X),
     "erank_spectrum": lambda: red_kernels.erank_spectrum(X),
@@ -18,7 +22,7 @@ CALLS = {
 
 
 def test_public_names():
-    assert set(red_kernels.__all__) == {*CALLS, "ChannelStats", "LinearKD"}
+    assert set(red_kernels.__all__) == {*CALLS, "ChannelStats", "LinearKD", "RMSNormStats", "inverse_index"}
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_truth import ODD, assert_near, compiled, drawn, leaf
 
-from red_kernels import gather, reference
+from red_kernels import gather, inverse_index, reference
 
 
 def problem(shape=(4, 9), dim=-1, k=6, dtype=torch.float32, seed=0, repeat=False):
@@ -86,6 +86,21 @@ def test_repeated_channels_accumulate_in_float32():
     assert x.grad.item() == 288.0
 
 
+def test_inverse_index():
+    index = torch.tensor([3, 0, 4])
+    assert inverse_index(index, 6).tolist() == [1, -1, -1, 0, 2, -1]
+    assert inverse_index(index[:0], 2).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("dim", (-1, 0))
+def test_an_inverse_changes_nothing(dim):
+    x, index, scale, grad = problem((9, 9), dim, 6)
+    inverse = inverse_index(index, 9)
+    with_it = value_and_gradients(lambda *args: gather(*args, inverse), x, index, dim, scale, grad)
+    for ours, same in zip(with_it, value_and_gradients(gather, x, index, dim, scale, grad), strict=True):
+        assert torch.equal(ours, same)
+
+
 def test_noncontiguous_input_and_no_channels():
     x, index, scale, _ = problem((9, 4), 0)
     assert torch.equal(gather(x.T, index, -1, scale), gather(x.T.contiguous(), index, -1, scale))
@@ -105,6 +120,14 @@ def test_opcheck(dtype):
     x, index, scale, _ = problem(dtype=dtype)
     for args in ((leaf(x), index, 1, leaf(scale)), (leaf(x), index, 1, None), (x, index, 1, leaf(scale)), (x, index, 1, scale)):
         torch.library.opcheck(torch.ops.red.gather.default, args)
+        torch.library.opcheck(torch.ops.red.gather.default, (*args, inverse_index(index, 9)))
+
+
+def test_opcheck_of_the_gradients():
+    x, index, scale, grad = problem()
+    torch.library.opcheck(torch.ops.red.gather_backward.default, (leaf(grad), index, 1, leaf(scale), 9, inverse_index(index, 9)))
+    torch.library.opcheck(torch.ops.red.gather_backward.default, (leaf(grad), index, 1, None, 9, None))
+    torch.library.opcheck(torch.ops.red.gather_scale_backward.default, (leaf(grad), leaf(x), index, 1))
 
 
 def test_compiles_whole():
@@ -121,7 +144,7 @@ MUTATIONS = {
     "zero dx": ("gather_backward", lambda run, args: torch.zeros_like(run(*args))),
     "zero dscale": ("gather_scale_backward", lambda run, args: torch.zeros_like(run(*args))),
     "scale ignored": ("gather", lambda run, args: run(*args[:3], None)),
-    "scale ignored backward": ("gather_backward", lambda run, args: run(*args[:3], None, args[4])),
+    "scale ignored backward": ("gather_backward", lambda run, args: run(*args[:3], None, *args[4:])),
     "first channels": ("gather", lambda run, args: run(args[0], torch.arange(6), *args[2:])),
 }
 
@@ -148,9 +171,21 @@ def test_mutations_are_caught(name, monkeypatch):
         (dict(scale=torch.ones(5)), ValueError, r"scale must have shape .* = \[6\], got \[5\]"),
         (dict(scale=torch.ones(6).long()), TypeError, "scale must have a floating dtype"),
         (dict(x=torch.ones(4, 9).long()), TypeError, "x must have a floating dtype"),
+        (dict(inverse=torch.zeros(9)), TypeError, "inverse must have dtype torch.int64"),
+        (dict(inverse=torch.zeros(8).long()), ValueError, r"inverse must have shape .* = \[9\], got \[8\]"),
+        (dict(index=torch.tensor([2, 5]), inverse=torch.full((9,), -1)), ValueError, r"inverse\[2\] = -1, expected 0; make it with inverse_index"),
+        (dict(index=torch.tensor([2]), inverse=torch.zeros(9).long()), ValueError, "inverse has 9 entries other than -1, expected 1"),
+        (dict(index=torch.tensor([2, 2]), inverse=torch.zeros(9).long()), ValueError, "index has 2 twice, which has no inverse"),
     ),
 )
 def test_errors_name_the_fault(change, error, message):
     x, index, scale, _ = problem()
     with pytest.raises(error, match=message):
         gather(**dict(x=x, index=index) | change)
+
+
+def test_errors_of_inverse_index():
+    with pytest.raises(ValueError, match="inverse_index: index has 4 twice, which has no inverse"):
+        inverse_index(torch.tensor([1, 4, 4]), 9)
+    with pytest.raises(ValueError, match=r"inverse_index: index\[1\] = 9 is out of range; expected 0 to 8"):
+        inverse_index(torch.tensor([1, 9]), 9)
