@@ -67,7 +67,7 @@ def resources(found: dict | None) -> str:
         cells = []
         for arch in architectures:
             here = [row for row in mine if row["arch"] == arch]
-            cells += [span(row["registers"] for row in here), span(row["shared_bytes"] / 1024 for row in here)]
+            cells += [span(row["registers"] for row in here), span(round(row["shared_bytes"] / 1024, 1) for row in here)]
         variants = max(sum(row["arch"] == arch for row in mine) for arch in architectures)
         lines.append([f"`{op}`", f"`{kernel}`", variants, *cells, max(row["spilled_bytes"] for row in mine)])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
