@@ -49,9 +49,10 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 demo: $(STAMP)
 	$(BIN)/red demo --output_dir $(DEMO) --overwrite
 
-# Workers times threads must not exceed the cores; a file's tests stay in one worker and share its fixtures.
+# Workers times threads must not exceed the cores; a file's tests stay in one worker and share its fixtures. In their order: the kernels that are
+# compiled take longest and come first.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest benchmarks --benchmark-only

@@ -33,7 +33,7 @@ disable_tqdm: true
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_teacher):
     """A teacher, its tokenizer, a corpus and run.yaml."""
-    from conftest import build_tiny_tokenizer
+    from tiny_models import build_tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("cli")
     tiny_teacher("llama").save_pretrained(folder / "teacher")

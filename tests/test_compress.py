@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import build_tiny_model, build_tiny_tokenizer
+from tiny_models import build_tiny_model, build_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_distill import quick, texts
 from test_fitting import EMBEDDING, start_of, text

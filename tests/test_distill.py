@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_tiny_tokenizer
+from tiny_models import build_tiny_tokenizer
 from tiny_training import settings_of, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 

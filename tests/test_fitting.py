@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 from reference_lrc import MODULES, WRITERS, documents, normalised, random_batch, streams, use_exact_norms, watching
 from tiny_training import settings_of
 

@@ -6,7 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
-from conftest import VOCAB
+from tiny_models import VOCAB
 from reference_lrc import random_batch
 from test_compress import fitted_points  # noqa: F401 (a fixture)
 from test_distill import texts

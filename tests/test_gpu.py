@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_tiny_tokenizer
+from tiny_models import build_tiny_tokenizer
 from reference_lrc import random_batch
 from test_distill import quick, texts
 from tiny_training import make_trainer, settings_of

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import build_tiny_model
+from tiny_models import build_tiny_model
 from reference_lrc import normalised, use_exact_norms
 from test_fitting import EMBEDDING, NARROW, WIDTH, close, logits, streams_of, student_of, text
 from tiny_training import settings_of

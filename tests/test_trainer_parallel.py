@@ -20,7 +20,7 @@ MODES = {"default": dict(start="activation"), "faithful": dict(start="random", l
 
 def train(folder: Path, mode: str, rows: int):
     """Three steps over 8 rows each in 2 micro-batches (`rows` a process and micro-batch), the state of this rank, and its log."""
-    from conftest import build_tiny_model
+    from tiny_models import build_tiny_model
 
     # rank 1 calibrates on other rows and must go on from rank 0's start all the same
     samples = 1 if os.environ.get("RANK") == "1" else 4
@@ -33,7 +33,7 @@ def train(folder: Path, mode: str, rows: int):
 def main(folder: str) -> None:
     """What each worker runs."""
     import red
-    from conftest import build_tiny_model, build_tiny_tokenizer
+    from tiny_models import build_tiny_model, build_tiny_tokenizer
 
     for mode in MODES:
         trainer = train(Path(folder), mode, rows=2)
