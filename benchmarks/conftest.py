@@ -31,6 +31,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", metafunc.module.cases(metafunc.config.getoption("shapes")), ids=str)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem == "test_erank")  # last: its rival takes tens of seconds, and no other row should wait for it
+
+
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig):
     pytestconfig.stash[CEILINGS] = timing.ceilings()

@@ -94,11 +94,15 @@ def main() -> int:
             case.run(*inputs)
         timing.synchronise()
         return 0
-    rows = list(sweep(options.ops, options.shapes, options.seconds))
-    if options.out:
-        found = {"device": timing.device_name(), "versions": report.versions(), "commit": report.commit(), "rows": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines(rows)))
+    rows: list[dict] = []
+    try:
+        for row in sweep(options.ops, options.shapes, options.seconds):
+            rows.append(row)
+    finally:  # out of time, or a launch that left the device unusable: what was measured before is kept
+        if options.out:
+            found = {"device": timing.device_name(), "versions": report.versions(), "commit": report.commit(), "rows": rows}
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+        print("\n".join(lines(rows)), flush=True)
     return sum(row["fault"] is not None for row in rows) > 0
 
 

@@ -58,6 +58,11 @@ def require_triton(op: str, *tensors: Tensor) -> None:
             refuse(f"op {op!r} got a tensor on {x.device}, where Triton runs in its interpreter only (TRITON_INTERPRET=1, slow)")
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Inside, products have the dtype of their operands: autocast reaches into a registered op, where it would round them to half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU: read by Triton once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -17,7 +17,8 @@ from red_kernels import backend, checks
 @torch.library.custom_op("red::covariance", mutates_args={"out"}, device_types=("cpu", "cuda"))
 def _op(x: Tensor, scale: Optional[Tensor], mask: Optional[Tensor], out: Tensor) -> None:
     floating = [x, out] if scale is None else [x, out, scale]
-    backend.implementation("covariance", *floating).covariance(x, scale, mask, out)
+    with backend.without_autocast(x):
+        backend.implementation("covariance", *floating).covariance(x, scale, mask, out)
 
 
 @_op.register_fake

@@ -78,7 +78,7 @@ def _sides(n: int, x: Tensor, index, dim, scale) -> list[Side]:
     one = isinstance(dim, int)
     dim_list, index_list = ((dim,), (index,)) if one else (tuple(dim), tuple(index))
     scale_list = (scale,) if one else (None,) * len(dim_list) if scale is None else tuple(scale)
-    if any(not -2 <= each < 2 for each in dim_list) or len({each % 2 for each in dim_list}) != len(dim_list):
+    if not dim_list or any(not -2 <= each < 2 for each in dim_list) or len({each % 2 for each in dim_list}) != len(dim_list):
         raise ValueError(f"gather_many: dims[{n}] = {dim} is not a side of a matrix; expected 0, 1, or a pair of both")
     if not len(dim_list) == len(index_list) == len(scale_list):
         raise ValueError(f"gather_many: dims[{n}] = {dim} needs {len(dim_list)} indices and scales, got {len(index_list)} and {len(scale_list)}")

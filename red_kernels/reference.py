@@ -114,7 +114,7 @@ def tap_mse(
         difference.masked_fill_(~mask[..., None], 0)
     loss = difference.square().sum() / (student.shape[-1] * num_tokens)
     kept = torch.promote_types(student.dtype, teacher.dtype)
-    return loss, difference.to(kept) if need_grad else student.new_empty(0, dtype=kept)
+    return loss, difference.to(kept).contiguous() if need_grad else student.new_empty(0, dtype=kept)
 
 
 def tap_mse_backward(grad: Tensor, difference: Tensor, num_tokens: Tensor) -> Tensor:

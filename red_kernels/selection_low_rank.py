@@ -21,12 +21,14 @@ SIDES = ("input", "output")
 @torch.library.custom_op("red::selection_low_rank", mutates_args=(), device_types=("cpu", "cuda"))
 def _op(weight: Tensor, index: Tensor, down: Tensor, up: Tensor, side: str) -> tuple[Tensor, Tensor]:
     checks.check_range("selection_low_rank", "index", index, 0, down.shape[0])
-    return backend.implementation("selection_low_rank", weight, down, up).selection_low_rank(weight, index, down, up, side)
+    with backend.without_autocast(weight):
+        return backend.implementation("selection_low_rank", weight, down, up).selection_low_rank(weight, index, down, up, side)
 
 
 @torch.library.custom_op("red::selection_low_rank_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _backward_op(grad: Tensor, weight: Tensor, product: Tensor, up: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    return backend.implementation("selection_low_rank", weight, up).selection_low_rank_backward(grad, weight, product, up, side)
+    with backend.without_autocast(weight):
+        return backend.implementation("selection_low_rank", weight, up).selection_low_rank_backward(grad, weight, product, up, side)
 
 
 @_op.register_fake

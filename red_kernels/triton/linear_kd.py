@@ -43,9 +43,9 @@ def load_logits(
     inside = column < vocabulary
     z = bent(tl.load(student_ptr + column, mask=column < stride, other=0.0).to(tl.float32), inner, CAPPED)
     raw = tl.load(teacher_ptr + column, mask=(column < stride) & in_kl, other=0.0).to(tl.float32)
-    kept = inside
+    kept = inside & (raw != float("-inf"))
     if TOP_K:
-        kept = inside & (raw >= last)
+        kept = kept & (raw >= last)
     return column, tl.where(inside, z, NOTHING), tl.where(kept, bent(raw, inner, CAPPED), NOTHING)
 
 
@@ -58,7 +58,11 @@ def store_gradient(student_ptr, column, stride, z, slope, at_one, kl_factor, ce_
     tl.store(student_ptr + column, grad.to(student_ptr.dtype.element_ty), mask=column < stride)
 
 
-@triton.jit
+# No load is wider for knowing these: one kernel serves every vocabulary, and every chunk, wherever its labels begin.
+@triton.jit(
+    do_not_specialize=["vocabulary", "ignore_index"],
+    do_not_specialize_on_alignment=["label_ptr", "kl_mask_ptr", "last_ptr", "num_tokens_ptr", "num_kl_tokens_ptr", "ce_ptr", "kl_ptr"],
+)
 def linear_kd_row_kernel(
     student_ptr, teacher_ptr, stride,
     label_ptr, kl_mask_ptr, last_ptr, hidden_ptr, hidden_stride, clean_ptr,

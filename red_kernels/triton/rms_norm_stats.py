@@ -39,7 +39,7 @@ def rms_norm_stats_kernel(
     total = tl.zeros([WIDTH], tl.float32)
     square = tl.zeros([WIDTH], tl.float32)
     tile = program * tiles
-    for start in range(program * run, tl.minimum(program * run + run, tokens), TILE):
+    for start in range(program * run, program * run + run, TILE):  # tiles beyond the last token too: they are read, and must say that they hold none
         begin = start
         top = tl.minimum(tl.minimum(start + TILE, program * run + run), tokens)
         token = begin + tl.arange(0, TILE)
@@ -80,7 +80,7 @@ def rms_norm_stats_kernel(
                     counted = (own >= 0) & (own < segments)
                 else:
                     counted = row >= 0
-                z = tl.where(counted, x * tl.rsqrt(tl.maximum(mean_square, 1e-30)), 0.0)
+                z = tl.where(counted, x * tl.rsqrt(tl.where(mean_square < 1e-30, 1e-30, mean_square)), 0.0)
                 total += z
                 square += z * z
                 if PER_SEGMENT:

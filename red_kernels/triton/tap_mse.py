@@ -85,8 +85,8 @@ def tap_mse(
     with launch.on_device_of(student):
         if programs:
             tap_mse_kernel[(programs,)](
-                student, student.stride(0), teacher, teacher.stride(0), None if mask is None else mask.contiguous(), index,
-                difference, partial, tokens, width,
+                student, student.stride(0), teacher, teacher.stride(0), None if mask is None else mask.contiguous(),
+                None if index is None else index.contiguous(), difference, partial, tokens, width,
                 HAS_MASK=mask is not None, HAS_INDEX=index is not None, KEEP=need_grad, **chosen.options,
             )  # fmt: skip
         tap_mse_finish_kernel[(1,)](partial, programs, num_tokens, width, loss, BLOCK=1024, num_warps=4)

@@ -30,8 +30,14 @@ def on_triton(_repaired, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request, monkeypatch):
-    """In a test that runs kernels, memory that nothing wrote holds NaN (or a large integer), so that it cannot pass for a result."""
+    """In a test that runs kernels, memory that nothing wrote holds NaN, so that it cannot pass for a result, or an integer as small as an id."""
     if "on_triton" in request.fixturenames:
+        empty = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: filled(empty(*args, **options)))
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
         request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+
+
+def filled(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_floating_point() else x.fill_(1)

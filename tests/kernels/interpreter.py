@@ -1,7 +1,8 @@
 """Repairs of Triton's CPU interpreter (3.6 and 3.7), which computes some things otherwise than a GPU does.
 
-`tl.dot` of bf16 operands multiplies their raw bits; float32 → bf16 truncates instead of rounding to the nearest even; integer
-overflow checks take a third of the time. None of this is ours to fix in a kernel, so the tests fix it here.
+`tl.dot` of bf16 operands multiplies their raw bits; float32 → bf16 truncates instead of rounding to the nearest even; the maximum of
+NaN and a number is NaN, where a GPU's is the number; integer overflow checks take a third of the time. None of this is ours to fix in a
+kernel, so the tests fix it here.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ def repair() -> None:
         return convert(values, source, target, rounding)
 
     builder.create_dot, interpreter._convert_float = create_dot, convert_float
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def _widened(handle, tl) -> np.ndarray:

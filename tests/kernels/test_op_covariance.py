@@ -64,6 +64,15 @@ def test_a_float64_sum_keeps_what_float32_would_round_away():
     assert out.item() == 2**30 + 3
 
 
+def test_autocast_changes_nothing():
+    x, scale, mask, before = problem()
+    plain, cast = before.clone(), before.clone()
+    covariance(x, scale=scale, mask=mask, out=plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        covariance(x, scale=scale, mask=mask, out=cast)
+    assert torch.equal(cast, plain)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_opcheck(dtype):
     x, scale, mask, before = problem(dtype=dtype)

@@ -98,6 +98,7 @@ def test_mutations_are_caught(name, monkeypatch):
         (dict(dims=[(0, 1)], indices=[(torch.tensor([1]),)]), ValueError, "needs 2 indices and scales, got 1 and 2"),
         (dict(dims=[1, 1]), ValueError, "1 tensors, 1 indices, 2 dims, 1 scales; give one of each"),
         (dict(scales=[torch.ones(2)]), ValueError, r"scales\[0\] must have shape .* = \[1\], got \[2\]"),
+        (dict(indices=[()], dims=[()]), ValueError, r"dims\[0\] = \(\) is not a side of a matrix"),
         (dict(tensors=[torch.ones(9)]), ValueError, r"tensors\[0\] must be a matrix, got shape \[9\]"),
         (dict(tensors=[torch.ones(2, 9).long()]), TypeError, r"tensors\[0\] must have a floating dtype"),
         (dict(tensors=[torch.ones(2, 9, requires_grad=True)]), ValueError, "requires a gradient, which gather_many does not make"),

@@ -77,6 +77,15 @@ def test_gradcheck(side):
 
 
 @pytest.mark.parametrize("side", ("input", "output"))
+def test_autocast_changes_nothing(side):
+    weight, index, down, up, grad = problem(side)
+    plain = value_and_gradients(selection_low_rank, weight, index, down, up, side, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = value_and_gradients(selection_low_rank, weight, index, down, up, side, grad)
+    assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+
+
+@pytest.mark.parametrize("side", ("input", "output"))
 @pytest.mark.parametrize("dtypes", DTYPES[:3])
 def test_opcheck(side, dtypes):
     weight, index, down, up, _ = problem(side, dtype=dtypes[0], factors=dtypes[1])

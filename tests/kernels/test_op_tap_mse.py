@@ -141,6 +141,8 @@ def test_opcheck(teacher_width, dtype):
     args = leaf(student), leaf(teacher), mask, index, torch.tensor(4.0), True
     torch.library.opcheck(torch.ops.red.tap_mse.default, args)
     torch.library.opcheck(torch.ops.red.tap_mse.default, (student, teacher, None, index, torch.tensor(4.0), False))
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (student, teacher)]  # a trace expects the strides that the op gives
+    torch.library.opcheck(torch.ops.red.tap_mse.default, (*map(leaf, turned), mask, index, torch.tensor(4.0), True), test_utils="test_faketensor")
 
 
 def test_compiles_whole():

@@ -106,6 +106,15 @@ def test_only_what_was_asked_for(on_triton):
         assert all(ours is None or torch.equal(ours, same) for ours, same in zip(stats, every, strict=True))
 
 
+def test_segments_of_many_tiles(on_triton):
+    """More tiles than the second launch looks through, or adds, at a time: segment 0 is in tiles 0 … 279, segment 1 in 280 … 299."""
+    parts, held = torch.rand(302, 5, device=on_triton), torch.ones(302, dtype=torch.int32, device=on_triton)
+    first = (torch.arange(300, device=on_triton) >= 280).int()
+    abs_sum, count, *_ = kernels.finish(parts, None, None, held, first, first, 2)
+    assert count.tolist() == [280, 20]
+    torch.testing.assert_close(abs_sum, torch.stack([parts[:280].sum(0), parts[281:301].sum(0)]))
+
+
 def test_repeats_bit_for_bit(on_triton):
     x, ids, segments = problem(2, 70, 300)
     for promise, order in ((True, in_order(ids)), (False, ids)):

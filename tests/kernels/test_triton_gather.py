@@ -7,7 +7,7 @@ from test_op_gather import dense, problem, value_and_gradients
 
 pytest.importorskip("triton")
 from red_kernels import gather, inverse_index  # noqa: E402
-from red_kernels.triton import gather as kernels, launch  # noqa: E402
+from red_kernels.triton import gather as kernels, gather_sums, launch  # noqa: E402
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["gather"]]
 
@@ -79,6 +79,13 @@ def test_a_selection_is_exact_and_other_channels_are_not_read(on_triton, dim, dt
         assert torch.equal(y.cpu(), x.index_select(dim, index))
         assert torch.equal(grad_x.cpu().index_select(dim, index), grad) and grad_x.isfinite().all()
         assert grad_x.cpu().movedim(dim, 0)[left_out].eq(0).all()
+
+
+def test_the_sum_of_many_shares(on_triton):
+    """More shares of the scale's gradient than the last launch adds at a time."""
+    partial, out = torch.rand(40, 70, device=on_triton), torch.empty(70, device=on_triton)
+    gather_sums.gather_scale_finish_kernel[(2,)](partial, out, 40, 70, SHARES=16, COLUMNS=64, num_warps=4)
+    torch.testing.assert_close(out, partial.sum(0))
 
 
 def test_repeated_channels_accumulate_in_float32(on_triton):

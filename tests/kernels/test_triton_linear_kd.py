@@ -8,7 +8,7 @@ from test_op_linear_kd_options import far_apart
 
 pytest.importorskip("triton")
 from red_kernels import linear_kd  # noqa: E402
-from red_kernels.triton import launch, linear_kd as kernels  # noqa: E402
+from red_kernels.triton import head_gradient, launch, linear_kd as kernels  # noqa: E402
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["linear_kd"]]
 
@@ -62,6 +62,11 @@ def test_a_row_of_several_blocks(on_triton, launches):
     for weight in (tensors[1], tensors[3]):
         weight *= torch.linspace(0.1, 4, v)[:, None]
     check(on_triton, tensors, kl_mask, launches, divergence="reverse", temperature=2.0, chunk_size=2)
+
+
+def test_hidden_states_wider_than_a_block(on_triton):
+    tensors, kl_mask = problem(3, 17, 1100, 8)
+    check(on_triton, [tensors[0], tensors[1] / 12, *tensors[2:]], kl_mask, LAUNCHES, temperature=2.0)
 
 
 @pytest.mark.parametrize("divergence", ("forward", "jsd"))
@@ -140,6 +145,22 @@ def test_rows_in_neither_mask_are_exactly_nothing(on_triton, poison):
     assert dead.sum() > 1 and (~kl_mask & ~dead).any() and dirty[3].cpu()[dead].eq(0).all()
 
 
+@pytest.mark.parametrize("divergence", ("forward", "jsd"))
+def test_a_token_that_the_teacher_excludes(on_triton, divergence, monkeypatch):
+    """Its logit -inf, its probability 0: the rest as if it had no such row of the head."""
+    tensors, kl_mask = problem(5)
+    tensors[2][:, 0] = 1.0
+    tensors[3][7] = 0.0
+    tensors[3][7, 0] = -torch.inf
+    every = torch.ones_like(kl_mask)  # a row of zeros, as the reference makes of one outside the mask, would meet 0 · inf
+    run = lambda device: value_and_gradients(linear_kd, placed(device, tensors), kl_mask=every.to(device), divergence=divergence)  # noqa: E731
+    found = run(on_triton)
+    monkeypatch.setenv("RED_BACKEND", "torch")
+    for ours, expected in zip(found, run("cpu"), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-6)
+        assert ours.isfinite().all()
+
+
 @pytest.mark.parametrize("rows", (0, 5))
 def test_no_target_at_all_gives_zero(on_triton, rows):
     tensors, _ = problem(n=6)
@@ -155,11 +176,21 @@ def test_gradient_work_only_where_needed(on_triton, needs):
     full = value_and_gradients(linear_kd, placed(on_triton, tensors), kl_mask=kl_mask.to(on_triton), chunk_size=2)
     student = [t.to(on_triton).requires_grad_(need) for t, need in zip(tensors[:2], needs, strict=True)]
     loss = linear_kd(*student, *placed(on_triton, tensors[2:]), kl_mask=kl_mask.to(on_triton), chunk_size=2).loss
-    assert torch.equal(loss.detach(), full[0])
+    torch.testing.assert_close(loss.detach(), full[0], rtol=1e-6, atol=0)  # a kernel without gradients may contract other products
     if any(needs):
         (3.0 * loss).backward()
     for tensor, need, gradient in zip(student, needs, full[3:], strict=True):
         assert torch.equal(tensor.grad, gradient) if need else tensor.grad is None
+
+
+def test_the_sum_of_many_rows(on_triton):
+    """More rows than the last launch adds at a time."""
+    n = 2 * kernels.FINISH_BLOCK + 3
+    ce, kl = torch.rand(2, n, device=on_triton).unbind()
+    counts, found = torch.tensor([7.0, 9.0], device=on_triton), torch.empty(3, device=on_triton)
+    kernels.linear_kd_finish_kernel[(1,)](ce, kl, n, *counts.unbind(), 0.5, 2.0, *found.unbind(), BLOCK=kernels.FINISH_BLOCK, num_warps=4)
+    expected = ce.sum() / 7, kl.sum() / 9
+    torch.testing.assert_close(found, torch.stack([0.5 * expected[0] + 2 * expected[1], *expected]))
 
 
 def test_repeats_bit_for_bit(on_triton):
@@ -183,6 +214,16 @@ def test_narrowing_within_the_same_memory(on_triton, size):
     expected = total.to(torch.bfloat16)
     actual = kernels.narrowed(total, torch.bfloat16)
     assert torch.equal(actual, expected) and actual.data_ptr() == total.data_ptr()
+
+
+def test_no_launch_of_the_narrowing_writes_where_it_reads(on_triton, monkeypatch):
+    """The programs of a launch run side by side: entries first … last of the narrow tensor end where entry first of the wide one begins."""
+    spans = []
+    monkeypatch.setattr(head_gradient, "linear_kd_narrow_kernel", {(blocks,): lambda *args, **options: spans.append(args[2:]) for blocks in range(1, 99)})
+    kernels.narrowed(torch.randn(300_001, 1, device=on_triton), torch.bfloat16)
+    assert spans[0] == (0, head_gradient.NARROW_BLOCK) and spans[-1][1] == 300_001
+    for (_, before), (first, last) in zip(spans, spans[1:], strict=False):
+        assert first == before and 2 * last <= 4 * first
 
 
 @pytest.mark.parametrize(

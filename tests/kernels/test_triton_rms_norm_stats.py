@@ -62,6 +62,24 @@ def test_segments_across_runs_and_tiles(on_triton, runs, monkeypatch):
     check_on(on_triton, given_, ["small"])
 
 
+def test_the_last_program_may_have_fewer_tiles(on_triton, monkeypatch):
+    """Three programs of nine tokens, and of seven, in tiles of eight: the tile that the last one lacks must not count as anything."""
+    small = launch.Launch("small", dict(TILE=8, STAGES=1), num_warps=4096)
+    monkeypatch.setitem(launch.LAUNCHES, "rms_norm_stats", (small, small))
+    monkeypatch.setattr(launch, "processors", lambda _: 3)
+    check_on(on_triton, problem(1, 25, 9, segments=3), ["small"])
+
+
+def test_nan_spreads_over_its_row(on_triton):
+    """To every channel's moments, as in the reference: the row's mean square is NaN. abs_sum knows the channel."""
+    given_ = problem(1, 5, 9, segmented=False, residual=False)
+    given_["x"][0, 3, 4] = float("nan")
+    stats = placed(on_triton)(**given_)
+    assert stats.mean_square.isnan().cpu().tolist() == [[False, False, False, True, False]]
+    assert stats.output[0, 3].isnan().all() and stats.sum.isnan().all() and stats.square_sum.isnan().all()
+    assert stats.abs_sum.isnan().sum() == 1 and stats.abs_sum[0, 4].isnan()
+
+
 def test_strides(on_triton):
     """Rows apart, a last dimension that is not contiguous, and a weight and ids that are not."""
     given_ = problem(2, 4, 40)

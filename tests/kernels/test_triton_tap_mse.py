@@ -46,8 +46,9 @@ def test_any_shape(on_triton, lead, width, teacher_width, dtypes, num_tokens, se
 
 
 def test_strides(on_triton):
-    """Rows apart, and a last dimension that is not contiguous."""
-    student, teacher, mask, index = problem((6, 9), 40)
+    """Rows apart, a last dimension that is not contiguous, and every second entry of an index."""
+    student, teacher, mask, index = problem((6, 9), 40, 64)
+    check(on_triton, student, teacher, mask, torch.stack([index, index.flip(0)], -1)[:, 0])
     apart = torch.zeros(6, 9, 97)[..., 13:53]
     turned = torch.zeros(6, 40, 9).transpose(1, 2)
     for other in (apart, turned):
@@ -69,6 +70,13 @@ def test_no_valid_token_gives_zero(on_triton, lead):
     student, teacher = (torch.randn(*lead, 20, device=on_triton) for _ in range(2))
     for ours in value_and_gradients(tap_mse, student, teacher, torch.zeros(lead, dtype=torch.bool, device=on_triton), None):
         assert ours.eq(0).all()
+
+
+def test_the_sum_of_many_programs(on_triton):
+    """More partial sums than the last launch adds at a time."""
+    partial, loss = torch.rand(2500, device=on_triton), torch.empty((), device=on_triton)
+    kernels.tap_mse_finish_kernel[(1,)](partial, 2500, torch.tensor(7.0, device=on_triton), 3, loss, BLOCK=1024, num_warps=4)
+    torch.testing.assert_close(loss, partial.sum() / 21)
 
 
 def test_repeats_bit_for_bit(on_triton):
