@@ -1,5 +1,6 @@
 """Everything a borrowed GPU can tell, in one call under 8 minutes: `python benchmarks/gpu_round.py --out DIR`.
 
+    extension   csrc/ built for this machine's torch
     tests       tests/kernels and tests/test_gpu.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
     aot         registers, spills and shared memory of every kernel with that machine's Triton, beside the tests
     benchmarks  every row of benchmarks/test_*.py at the shapes of the targets, as JSON
@@ -54,6 +55,7 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
     python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     shapes = ["--shapes", "tiny"] if cpu else []
     return [
+        *([] if cpu else [[Command("extension", 90, [python, "csrc/build.py"], optional=True)]]),
         [
             Command("aot", 150, [python, "benchmarks/aot.py", "--out", out / "aot.json", *(["--ops", "tap_mse"] if cpu else [])], optional=True),
             *[Command(f"tests {path}", 150, [*pytest, path]) for path in test_files(cpu)],

@@ -141,3 +141,7 @@ def _ninja(output: Path, folder: Path, root: Path | None) -> None:
     done = subprocess.run([ninja(), "-C", str(folder)], capture_output=True, text=True)
     if done.returncode != 0:
         raise CannotBuild(f"the compiler failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+if __name__ == "__main__":  # into this checkout, without an installation: python csrc/build.py
+    print(build(HERE.parent / "red_kernels" / "_csrc.so", HERE.parent / "build" / "csrc", cuda_choice()))

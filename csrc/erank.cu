@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(1024) prepare(const In* x, const bool* mask, i
 template <typename In>
 __global__ void __launch_bounds__(kThreads) column_means(const In* x, const bool* mask, int64_t rows, int64_t width, const double* sizes, const int64_t* count, double* mean, bool* finite) {
   __shared__ double part[kThreads / kStrip][kStrip];
-  const int64_t m = blockIdx.y, column = int64_t(blockIdx.x) * kStrip + threadIdx.x % kStrip;
+  const int64_t m = blockIdx.x, column = int64_t(blockIdx.y) * kStrip + threadIdx.x % kStrip;
   const int lane = int(threadIdx.x) / kStrip, lanes = kThreads / kStrip;
   const double scale = sizes[m * 2];
   double sum = 0;
@@ -171,6 +171,9 @@ __global__ void __launch_bounds__(kThreads) jacobi_kernel(const T* gram, int n, 
 template <typename In, typename Out>
 void run(const Tensor& x, const std::optional<Tensor>& mask, Tensor& rows, Tensor& finite, Tensor& count, Tensor& mean, Tensor& norms, Tensor& sizes, cudaStream_t stream) {
   const int64_t matrices = x.size(0), height = x.size(1), width = x.size(2);
+  if (matrices * height > 0x7fffffff || width > 65535 * kStrip)
+    throw std::runtime_error("red_csrc::normalised_rows: " + std::to_string(matrices * height) + " rows of " + std::to_string(width) + " exceed a grid of 2^31 - 1 rows or " +
+                             std::to_string(65535 * kStrip) + " columns; split the batch");
   const In* in = static_cast<const In*>(x.const_data_ptr());
   const bool* valid = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   bool* finites = static_cast<bool*>(finite.mutable_data_ptr());
@@ -179,7 +182,7 @@ void run(const Tensor& x, const std::optional<Tensor>& mask, Tensor& rows, Tenso
   double* scales = static_cast<double*>(sizes.mutable_data_ptr());
   Out* out = static_cast<Out*>(rows.mutable_data_ptr());
   prepare<In><<<unsigned(matrices), 1024, 0, stream>>>(in, valid, height, width, scales, finites, counts);
-  const dim3 strips(unsigned((width + kStrip - 1) / kStrip), unsigned(matrices));
+  const dim3 strips(unsigned(matrices), unsigned((width + kStrip - 1) / kStrip));
   column_means<In><<<strips, kThreads, 0, stream>>>(in, valid, height, width, scales, counts, means, finites);
   normalise<In, Out><<<unsigned(matrices * height), kThreads, 0, stream>>>(in, valid, height, width, means, finites, scales, lengths, out);
   zero_rows<Out><<<unsigned(matrices), kThreads, 0, stream>>>(height, width, scales, lengths, out);
