@@ -33,7 +33,7 @@ setup: $(STAMP)
 
 # One pip line for the lock: a range on torch resolved on its own would pull another torch.
 # .installing marks an environment that pip was still writing to: after an interruption it is made anew.
-$(STAMP): requirements.txt pyproject.toml setup.py
+$(STAMP): requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
 	@set -euo pipefail; \
 	if [ -e $(VENV)/.installing ] || ! $(BIN)/python -c 'import pip' >/dev/null 2>&1; then \
 		$(FIND_PYTHON); \
@@ -58,6 +58,6 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info red_kernels/_csrc.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .hypothesis .benchmarks

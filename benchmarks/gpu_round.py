@@ -1,5 +1,6 @@
 """Everything a borrowed GPU can tell, in one call under 8 minutes: `python benchmarks/gpu_round.py --out DIR`.
 
+    extension   csrc/ built for this machine's torch
     tests       tests/kernels and tests/test_gpu.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
     aot         registers, spills and shared memory of every kernel with that machine's Triton, beside the tests
     benchmarks  every row of benchmarks/test_*.py at the shapes of the targets, as JSON
@@ -55,6 +56,7 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
     shapes = ["--shapes", "tiny"] if cpu else []
     aot = ["--ops", "tap_mse"] if cpu else ["--arch", "90"]  # one of its two architectures: compiling for both takes longer than the tests
     return [
+        *([] if cpu else [[Command("extension", 90, [python, "csrc/build.py"], optional=True)]]),
         [
             Command("aot", 150, [python, "benchmarks/aot.py", "--out", out / "aot.json", *aot], optional=True),
             *[Command(f"tests {path}", 150, [*pytest, path]) for path in test_files(cpu)],

@@ -1,31 +1,73 @@
-"""Effective rank of hidden states, beside a loop of singular value decompositions."""
+"""Effective rank of hidden states, beside a loop of singular value decompositions, PyTorch's batched eigenvalues of the Gram matrices, and numpy.
+
+Rivals work in float32, as the input is: the faster choice, and the user's. `exact` is red's default, float64 inside. Both take the compiled extension where it is built.
+"""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import roofline
-from benchmarks.cases import SIZE, Case, Rival, normal
-from red_kernels import erank
+from benchmarks.cases import GPU, SIZE, Case, Rival, normal
+from red_kernels import erank, reference
 
-SHAPES = {"gpu": (2, 4169, 3072), "cpu": (4, 512, 128), "tiny": (2, 24, 12)}
+SHAPES = {
+    "gpu": ((64, 512, 64), (2, 4169, 3072)),
+    "cpu": ((64, 512, 64), (8, 1024, 256), (4, 2048, 512)),
+    "tiny": ((2, 24, 12), (3, 9, 20)),
+}
 
 
 def test_erank(measure, case):
     measure(case)
 
 
+def entropy(eigenvalues):
+    r = eigenvalues / eigenvalues.sum(-1, keepdim=True)
+    return (-torch.special.xlogy(r, r).sum(-1)).exp()
+
+
+def normalised(x):
+    x = x.float()
+    return F.normalize(x - x.mean(-2, keepdim=True), dim=-1)
+
+
 def by_svdvals(x):
-    found = []
-    for matrix in x.double() if x.is_cpu else x.float():
-        eigenvalues = torch.linalg.svdvals(F.normalize(matrix - matrix.mean(0), dim=-1)) ** 2
-        r = eigenvalues / eigenvalues.sum()
-        found.append((-torch.special.xlogy(r, r).sum()).exp())
-    return torch.stack(found)
+    return torch.stack([entropy(torch.linalg.svdvals(normalised(matrix)) ** 2) for matrix in x])
+
+
+def by_eigvalsh(x):
+    rows = normalised(x)
+    return entropy(torch.linalg.eigvalsh(rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows).clamp(min=0))
+
+
+def by_numpy(x):
+    import numpy
+
+    rows = x.numpy()
+    rows = rows - rows.mean(1, keepdims=True)
+    rows /= numpy.linalg.norm(rows, axis=-1, keepdims=True)
+    return entropy(torch.from_numpy(numpy.linalg.svd(rows, compute_uv=False) ** 2))
+
+
+def by_reference(x):
+    return reference.erank(x, None)[0]
 
 
 def cases(size: str) -> list[Case]:
-    matrices, rows, width = SHAPES[size]
-    shape, work = dict(matrices=matrices, N=rows, d=width), roofline.erank(matrices, rows, width, SIZE)
-    rivals = {"svdvals": Rival(by_svdvals, capture=False)}
-    repeats = 1 if size == "gpu" else 5  # svdvals takes seconds there
-    return [Case("erank", "exact", shape, work, lambda: (normal(matrices, rows, width),), erank, rivals, seconds=0, repeats=repeats, capture=False)]
+    rivals = {
+        "svdvals": Rival(by_svdvals, capture=False),
+        "eigvalsh of the Gram matrix": Rival(by_eigvalsh, capture=False),
+        "reference, float64": Rival(by_reference, capture=False),
+        "numpy": Rival(None if GPU else by_numpy, why_not="on a CPU only", capture=False),
+    }
+    found = []
+    for matrices, rows, width in SHAPES[size]:
+        shape, work = dict(matrices=matrices, N=rows, d=width), roofline.erank(matrices, rows, width, SIZE)
+        repeats = 1 if width > 1000 else 5  # svdvals takes seconds there
+        draw = partial(normal, matrices, rows, width)
+        for name, precision in (("exact", "float64"), ("float32", "float32")):
+            run = partial(erank, precision=precision)
+            found.append(Case("erank", f"{name} {matrices}x{rows}x{width}", shape, work, lambda draw=draw: (draw(),), run, rivals, seconds=0, repeats=repeats, capture=False))
+    return found

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: `RED_BACKEND=auto|torch|triton`, read at every call (auto when unset).
 
-auto takes the Triton kernel for tensors on a GPU, and PyTorch for all others, for float64, and where Triton is not installed.
+auto takes the Triton kernel for tensors on a GPU, and PyTorch for all others, for float64, and where Triton is not installed; for the ops of the compiled
+extension it takes that, on a CPU and on a GPU, where it is built. torch takes neither.
 """
 
 import functools
@@ -12,15 +13,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from red_kernels import reference
+from red_kernels import extension, reference
 
 CHOICES = ("auto", "torch", "triton")
 TRITON_OPS = frozenset({"channel_stats", "covariance", "gather", "gather_many", "linear_kd", "rms_norm_stats", "selection_low_rank", "tap_mse"})  # names of the ops that have a Triton kernel
+EXTENSION_OPS = frozenset({"erank", "erank_spectrum"})  # of csrc/
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def select(op: str, *tensors: Tensor) -> str:
-    """Return "torch" or "triton" for `op` on these floating `tensors`, or say why the requested backend cannot run it.
+    """Return "torch", "triton" or "extension" for `op` on these floating `tensors`, or say why the requested backend cannot run it.
 
     Called inside the registered implementations, so `torch.compile` never traces the environment.
 
@@ -32,14 +34,17 @@ def select(op: str, *tensors: Tensor) -> str:
     if choice == "triton":
         require_triton(op, *tensors)
         return "triton"
+    if choice == "auto" and op in EXTENSION_OPS:
+        return "extension" if all(extension.takes(x) for x in tensors) else "torch"
     usable = choice == "auto" and op in TRITON_OPS and all(x.is_cuda and x.dtype in TRITON_DTYPES for x in tensors)
     return "triton" if usable and triton_or_warn() else "torch"
 
 
 def implementation(op: str, *tensors: Tensor, file: str | None = None) -> ModuleType:
-    """The module whose functions run `op` on `tensors`: `reference`, or the kernels of red_kernels/triton/, in `file` or the op's own."""
-    if select(op, *tensors) == "torch":
-        return reference
+    """The module whose functions run `op` on `tensors`: `reference`, `extension`, or the kernels of red_kernels/triton/, in `file` or the op's own."""
+    chosen = select(op, *tensors)
+    if chosen != "triton":
+        return extension if chosen == "extension" else reference
     return importlib.import_module(f"red_kernels.triton.{file or op}")
 
 

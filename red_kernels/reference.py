@@ -150,14 +150,14 @@ def spectrum(rows: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
 
 
-def erank_spectrum(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(eigenvalues [..., min(N, d)], finite [...])"""
+def erank_spectrum(x: Tensor, mask: Tensor | None, precision: str = "float64") -> tuple[Tensor, Tensor]:
+    """(eigenvalues [..., min(N, d)], finite [...]), in float64 whatever `precision` would do with."""
     rows, finite, _ = normalised_rows(x, mask)
     return spectrum(rows), finite
 
 
-def erank(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(-Σ r ln r) with r = λ / Σ λ [...], finite [...], valid rows [...]); NaN where there is no spectrum."""
+def erank(x: Tensor, mask: Tensor | None, precision: str = "float64") -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(-Σ r ln r) with r = λ / Σ λ [...], finite [...], valid rows [...]); NaN where there is no spectrum. In float64 whatever `precision` would do with."""
     rows, finite, count = normalised_rows(x, mask)
     eigenvalues = spectrum(rows)
     r = eigenvalues / eigenvalues.sum(-1, keepdim=True)  # 0/0 = NaN for a matrix of zeros

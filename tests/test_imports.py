@@ -54,6 +54,12 @@ def faults(path: str, source: str) -> list[str]:
     return found
 
 
+def test_one_file_knows_the_compiled_extension():
+    """`csrc → red_kernels`: the library and its ops are named in red_kernels/extension.py alone; everything else asks that."""
+    naming = {str(path.relative_to(ROOT)) for path in SOURCES if any(name in path.read_text() for name in ("red_csrc", "_csrc.so", "load_library"))}
+    assert naming == {"red_kernels/extension.py"}
+
+
 SOURCES = sorted(path for folder in ("red_kernels", "red") for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,4 +1,4 @@
-"""erank against the singular values of the normalised rows in float64."""
+"""erank against the singular values of the normalised rows in float64: every test in PyTorch, and in the compiled extension where it is built."""
 
 import math
 
@@ -6,7 +6,16 @@ import pytest
 import torch
 from op_truth import assert_near, compiled, drawn
 
-from red_kernels import erank, erank_spectrum, reference
+from red_kernels import backend, erank, erank_spectrum, extension, reference
+
+
+@pytest.fixture(autouse=True, params=("torch", "extension"))
+def chosen(request, monkeypatch):
+    if request.param == "extension" and extension.why_not():
+        pytest.skip(extension.why_not())
+    monkeypatch.setenv("RED_BACKEND", "torch" if request.param == "torch" else "auto")
+    assert backend.select("erank", torch.zeros(2, 2)) == request.param
+    return request.param
 
 
 def by_svd(x):
@@ -155,18 +164,58 @@ MUTATIONS = {
     "singular values": ("spectrum", lambda rows: SPECTRUM(rows).sqrt()),
     "rows not normalised": ("spectrum", lambda rows: SPECTRUM(rows * torch.arange(1, rows.shape[-2] + 1)[:, None])),
     "one direction": ("spectrum", lambda rows: torch.eye(min(rows.shape))[0].double()),
-    "zero erank": ("erank", lambda x, mask: (torch.zeros(()).double(), *ERANK(x, mask)[1:])),
+    "zero erank": ("erank", lambda x, mask, precision: (torch.zeros(()).double(), *ERANK(x, mask)[1:])),
     "mask ignored": ("normalised_rows", lambda x, mask: NORMALISED(x, None)),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutations_are_caught(name, monkeypatch):
+RUN = extension._run
+MUTATIONS_OF_THE_EXTENSION = {
+    "zero spectrum": lambda x, mask, precision: (lambda value, found, *rest: (value, found * 0, *rest))(*RUN(x, mask, precision)),
+    "zero erank": lambda x, mask, precision: (RUN(x, mask, precision)[0] * 0, *RUN(x, mask, precision)[1:]),
+    "mask ignored": lambda x, mask, precision: RUN(x, None, precision),
+    "float32": lambda x, mask, precision: RUN(x, mask, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", sorted({*MUTATIONS, *MUTATIONS_OF_THE_EXTENSION}))
+def test_mutations_are_caught(name, chosen, monkeypatch):
     x, mask = draw(12, 5), torch.arange(12) < 9
     check(x, mask)
-    monkeypatch.setattr(reference, *MUTATIONS[name])
+    if chosen == "extension":
+        monkeypatch.setattr(extension, "_run", MUTATIONS_OF_THE_EXTENSION.get(name, MUTATIONS_OF_THE_EXTENSION["zero spectrum"]))
+    else:
+        monkeypatch.setattr(reference, *MUTATIONS.get(name, MUTATIONS["zero spectrum"]))
     with pytest.raises(AssertionError):
         check(x, mask)
+
+
+LIST = [draw(9, 5), draw(3, 5, seed=1), draw(40, 5, seed=2)]
+
+
+def test_a_list_of_different_heights():
+    found, spectra = erank(LIST), erank_spectrum(LIST)
+    assert found.shape == (3,) and [len(spectrum) for spectrum in spectra] == [5, 3, 5]
+    for matrix, value, spectrum in zip(LIST, found, spectra, strict=True):
+        truth, eigenvalues = by_svd(matrix)
+        assert_near(value, truth, truth)
+        assert_near(spectrum, eigenvalues, eigenvalues)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "mask", "message"),
+    (
+        ([], None, "the list of matrices is empty"),
+        ([draw(4, 5), draw(4, 6)], None, r"of one d, dtype and device; number 0 and number 1 are \[4, 5\] .* and \[4, 6\]"),
+        ([draw(4, 5), draw(4, 5).float()], None, "float64 on cpu and .* torch.float32"),
+        ([draw(4)], None, "must hold matrices"),
+        (LIST, torch.ones(3, 40).bool(), "takes no mask"),
+        ([draw(4, 5), draw(1, 5)], None, r"matrix \[1\] of x .* too few valid rows \(1\)"),
+    ),
+)
+def test_a_wrong_list_is_named(matrices, mask, message):
+    with pytest.raises(ValueError, match=message):
+        erank(matrices, mask)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +226,7 @@ def test_mutations_are_caught(name, monkeypatch):
         (dict(x=torch.zeros(5, 4).int()), TypeError, "x must have a floating dtype"),
         (dict(mask=torch.ones(5)), TypeError, "mask must have dtype torch.bool"),
         (dict(mask=torch.ones(4).bool()), ValueError, "mask must have shape"),
+        (dict(precision="half"), ValueError, "precision='half'; expected 'float64' or 'float32'"),
         (dict(invalid="ignore"), ValueError, "invalid='ignore'; expected 'raise' or 'nan'"),
     ),
 )
