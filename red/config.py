@@ -53,6 +53,11 @@ class REDConfig(TrainingArguments):
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at a time; 1024 on a CPU, what fits a GiB on a GPU."})
 
+    erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none."})
+    erank_floor: float = field(default=0.25, metadata={"help": "Share of the teacher's effective rank below which a check counts as collapsed."})
+    erank_patience: int = field(default=3, metadata={"help": "Checks in a row below erank_floor that make a collapse, which is warned of."})
+    erank_stop: bool = field(default=False, metadata={"help": "Stop the training at a collapse."})
+
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of projections and norm gains."})
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
@@ -99,6 +104,9 @@ class REDConfig(TrainingArguments):
         for name in ("ce_weight", "kl_weight", "tap_weight"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(self.ce_weight + self.kl_weight + self.tap_weight > 0, "kl_weight", "all three loss weights are 0; nothing would train")
+        require(self.erank_steps >= 0, "erank_steps", "must not be negative; 0 turns the checks off")
+        require(0 < self.erank_floor < 1, "erank_floor", "must lie between 0 and 1")
+        require(self.erank_patience >= 1, "erank_patience", "must be at least 1")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")

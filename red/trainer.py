@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from red import losses
 from red.calibration import Calibration, model_hash
+from red.callbacks import ERankCallback
 from red.config import REDConfig
 from red.data import collate, for_attention
 from red.errors import REDError
@@ -89,6 +90,9 @@ class REDTrainer(Trainer):
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self._counts: losses.Counts | None = None
+        if args.erank_steps:
+            held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
+            self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
         self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 
     def _agree(self) -> None:
