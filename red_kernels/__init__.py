@@ -4,6 +4,7 @@ from red_kernels.channel_stats import ChannelStats, channel_stats
 from red_kernels.covariance import covariance
 from red_kernels.erank import erank, erank_spectrum
 from red_kernels.erank_estimate import ERankEstimate, erank_estimate
+from red_kernels.erank_stream import ERankStream
 from red_kernels.gather import gather, inverse_index
 from red_kernels.gather_many import gather_many
 from red_kernels.linear_kd import LinearKD, linear_kd
@@ -14,6 +15,7 @@ from red_kernels.tap_mse import tap_mse
 __all__ = [
     "ChannelStats",
     "ERankEstimate",
+    "ERankStream",
     "LinearKD",
     "RMSNormStats",
     "channel_stats",
