@@ -4,6 +4,7 @@ from red_kernels.channel_stats import ChannelStats, channel_stats
 from red_kernels.covariance import covariance
 from red_kernels.erank import erank, erank_spectrum
 from red_kernels.erank_estimate import ERankEstimate, erank_estimate
+from red_kernels.erank_log import log_erank
 from red_kernels.erank_stream import ERankStream
 from red_kernels.gather import gather, inverse_index
 from red_kernels.gather_many import gather_many
@@ -27,6 +28,7 @@ __all__ = [
     "gather_many",
     "inverse_index",
     "linear_kd",
+    "log_erank",
     "rms_norm_stats",
     "selection_low_rank",
     "tap_mse",
