@@ -51,6 +51,7 @@ class REDConfig(TrainingArguments):
     tap_detach: bool | None = field(default=None, metadata={"help": "Keep the gradient of the FFN-output tap out of its target; on, but off with lrc_faithful."})
     tap_normalize: bool | None = field(default=None, metadata={"help": "Divide each tap's error by the mean square of the teacher's output there; on, but off with lrc_faithful."})
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
+    erank_weight: float = field(default=0.0, metadata={"help": "Reward for effective rank: the loss gets -erank_weight · mean over the student's layers of ln eRank (of 256 tokens a micro-batch); 0: none."})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at a time; 1024 on a CPU, what fits a GiB on a GPU."})
 
     erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none."})
@@ -101,7 +102,7 @@ class REDConfig(TrainingArguments):
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
-        for name in ("ce_weight", "kl_weight", "tap_weight"):
+        for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(self.ce_weight + self.kl_weight + self.tap_weight > 0, "kl_weight", "all three loss weights are 0; nothing would train")
         require(self.erank_steps >= 0, "erank_steps", "must not be negative; 0 turns the checks off")
