@@ -12,8 +12,7 @@ ours: least squares on the nodes of the quadrature. ln r changes slowly, so what
 eRank 361 (eigenvalues 1/i) plain probes need 33 000, deflation of 64 directions leaves 2 000, and the line 7.
 
 Gauss quadrature of -r ln r is never too small and Gauss-Radau with a node at 0 never too large (the signs of its derivatives), so the two enclose each
-probe's value; the block's quadrature is too large by a share of what its last block took off. float32 products and float64 for all that is small;
-tf32 products, where torch allows them, cost less than 1e-3.
+probe's value; the block's quadrature is too large by a share of what its last block took off. float32 products and float64 for all that is small.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from red_kernels.erank import erank
 BLOCK = 16  # columns of a Krylov block: 128 directions in blocks of 16 cost a third more time than in blocks of 32 and halve the block quadrature's error
 EXACT_BELOW = 1024  # n up to which the exact path is taken: at 768 and two threads neither was reliably faster, at 1536 the estimate was
 QUANTILE = 2.5  # standard errors that count as the statistical error: 98 % for 32 probes
-REMAINDER = 0.5  # what the block quadrature still has too much is at most this share of what its last block took off: 0.49 was the most in 30 spectra
+REMAINDER = 0.5  # what the block quadrature still has too much is at most this share of what its last block took off: 0.49 was the most in 32 cases
 ROUNDING = 2e-5  # of ln eRank: float32 eigenvalues (1e-6 of tr A in all) times -ln r of the smallest
 
 
