@@ -54,6 +54,7 @@ class Rival(NamedTuple):
     like: Callable = lambda ours: ours
     why_not: str = ""  # why it cannot be had, where run is None
     capture: bool = True  # False where it waits for the device
+    within: float = 0.0  # relative error that is allowed beyond rounding, where the op is an estimate
 
 
 class Goal(NamedTuple):
@@ -128,7 +129,7 @@ def liger(build: Callable[[], Callable], **options) -> Rival:
     return Rival(run, **options)
 
 
-def disagreement(ours: object, theirs: object) -> str | None:
+def disagreement(ours: object, theirs: object, within: float = 0.0) -> str | None:
     """What differs between two nests of tensors, or None."""
     left, right = ([leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)] for nest in (ours, theirs))
     if len(left) != len(right):
@@ -139,7 +140,7 @@ def disagreement(ours: object, theirs: object) -> str | None:
         limit = max(AGREEMENT.get(x.dtype, 0.0) for x in (a, b))
         a, b = a.detach().float(), b.detach().float()
         error, size = ((a - b).norm() / b.norm()).item(), b.norm().item()
-        if not (size > 0 and error <= max(limit, AGREEMENT[DTYPE])):
+        if not (size > 0 and error <= max(limit, AGREEMENT[DTYPE], within)):
             return f"result {number} differs by {error:.1e} relative to a norm of {size:.1e}"
     return None
 
@@ -193,7 +194,7 @@ def _agreeing(case: Case, inputs: tuple, notes: list[str]) -> Iterator[tuple[str
             notes.append(f"{name} skipped: {rival.why_not}")
             continue
         try:
-            found = disagreement(rival.like(ours), rival.run(*rival.prepare(*inputs)))
+            found = disagreement(rival.like(ours), rival.run(*rival.prepare(*inputs)), rival.within)
         except Exception as error:
             if name in TRUTHS:
                 raise

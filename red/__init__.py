@@ -12,7 +12,7 @@ _home = {
     "Calibration": "calibration", "calibrate": "prepare",
     "CompressResult": "compression", "compress": "compression",
     "DistillResult": "distillation", "distill": "distillation",
-    "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
+    "ERankCallback": "callbacks", "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
     "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
     "principal_basis": "rotation", "random_basis": "rotation", "rotate": "rotation",
 }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from red.errors import REDError
-from red.files import HALF_LAYERS, START_FILE, atomic_write_json, require_existing
+from red.files import HALF_LAYERS, START_FILE, require_existing
 
 DESCRIPTION = """\
 Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (the student) that keeps its multi-step reasoning.
@@ -60,7 +59,8 @@ GROUPS = {
     "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
                          "packing", "output_dir"),
     "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
-    "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "loss_chunk_size"),
+    "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
+    "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
     "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "remove_unused_columns"),
 }
 
@@ -142,31 +142,9 @@ def compress(options: argparse.Namespace) -> None:
 
 
 def erank(options: argparse.Namespace) -> None:
-    if options.max_tokens < 2:
-        raise REDError(f"--max-tokens={options.max_tokens}: an effective rank needs at least 2 tokens.")
-    require_existing(options.data, "The data path")
-    if options.json and Path(options.json).exists():
-        raise REDError(f"--json={options.json!r} exists and nothing is overwritten. Choose another name, or move it away.")
+    from red.erank_report import report
 
-    import torch
-
-    from red.data import check_examples, load_examples
-    from red.distillation import _tokenizer_beside
-    from red.erank import erank_table, hidden_erank
-    from red.prepare import load_teacher
-
-    found = {}
-    for name in options.models:
-        model = load_teacher(name).to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = _tokenizer_beside(name)
-        examples = load_examples(options.data, tokenizer, text_column=options.text_column)
-        check_examples(examples, tokenizer, model.config.vocab_size)
-        values = hidden_erank(model, tokenizer, examples, max_tokens=options.max_tokens)
-        tokens = min(options.max_tokens, sum(len(example["input_ids"]) for example in examples))
-        print(erank_table(name, values, model.config.hidden_size, tokens), end="\n\n")
-        found[name] = {"hidden_size": model.config.hidden_size, "tokens": tokens, "erank": [value if math.isfinite(value) else None for value in values]}
-    if options.json:
-        atomic_write_json(options.json, {"data": options.data, "models": found})
+    report(options.models, options.data, text_column=options.text_column, max_tokens=options.max_tokens, output=options.output, plot=options.plot)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -276,13 +254,14 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "dtype", metavar="DTYPE", help="of the weights: float32, bfloat16 or float16 [the loaded teacher's]")
     option(added, "dry_run", action="store_true", help="print the forecast of time and memory, and stop; no weight is read")
 
-    added = command(erank, "erank", "effective rank per layer", "Print the effective rank of each model's hidden states, layer by layer.\n\n"
-                    "  red erank path/to/teacher run/student --data held_out.txt\n\nCompare only at equal text and --max-tokens: the rank grows with them.")
+    added = command(erank, "erank", "effective rank per layer", "Print the effective rank of the models' hidden states, layer by layer and side by side.\n\n"
+                    "  red erank path/to/teacher run/student --data held_out.txt --plot erank.svg\n\nCompare only at equal text and --max-tokens: the rank grows with them.")
     added.add_argument("models", nargs="+", metavar="MODEL", help="folder or name on the hub")
     option(added, "data", required=True, metavar="FILE", help=".txt, .jsonl or a saved data set")
     option(added, "text_column", default="text", help="column that holds the text [text]")
     option(added, "max_tokens", type=int, default=4000, metavar="N", help="tokens whose states are counted [4000]")
-    option(added, "json", metavar="PATH", help="write the numbers here too")
+    added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
+    option(added, "plot", metavar="PATH", help="draw them here, as SVG")
 
     added = command(export, "export", "checkpoint -> plain model", "Write the student of a training checkpoint as a plain Hugging Face model; optimiser state and projections\n"
                     "stay behind. It is reloaded in a fresh process and its logits compared before it appears at PATH.\n\n"

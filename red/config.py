@@ -51,7 +51,13 @@ class REDConfig(TrainingArguments):
     tap_detach: bool | None = field(default=None, metadata={"help": "Keep the gradient of the FFN-output tap out of its target; on, but off with lrc_faithful."})
     tap_normalize: bool | None = field(default=None, metadata={"help": "Divide each tap's error by the mean square of the teacher's output there; on, but off with lrc_faithful."})
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
+    erank_weight: float = field(default=0.0, metadata={"help": "Reward for effective rank: the loss gets -erank_weight · mean over the student's layers of ln eRank (of 256 tokens a micro-batch); 0: none."})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at a time; 1024 on a CPU, what fits a GiB on a GPU."})
+
+    erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none."})
+    erank_floor: float = field(default=0.25, metadata={"help": "Share of the teacher's effective rank below which a check counts as collapsed."})
+    erank_patience: int = field(default=3, metadata={"help": "Checks in a row below erank_floor that make a collapse, which is warned of."})
+    erank_stop: bool = field(default=False, metadata={"help": "Stop the training at a collapse."})
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of projections and norm gains."})
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
@@ -96,9 +102,12 @@ class REDConfig(TrainingArguments):
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
-        for name in ("ce_weight", "kl_weight", "tap_weight"):
+        for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(self.ce_weight + self.kl_weight + self.tap_weight > 0, "kl_weight", "all three loss weights are 0; nothing would train")
+        require(self.erank_steps >= 0, "erank_steps", "must not be negative; 0 turns the checks off")
+        require(0 < self.erank_floor < 1, "erank_floor", "must lie between 0 and 1")
+        require(self.erank_patience >= 1, "erank_patience", "must be at least 1")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")

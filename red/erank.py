@@ -7,7 +7,7 @@ would be the one after the final norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,13 @@ from red import families
 from red.data import pad_id
 from red.errors import REDError
 from red.evaluate import Item, encode, evaluating, pad
-from red_kernels import erank
+from red_kernels import erank_estimate
+
+LAYERS_BYTES = 2**28  # of float32 states that are looked at together: 16 layers of 4096 tokens of 1024 channels
 
 
-def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4000, batch_size: int = 32) -> list[float]:
+def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4000, batch_size: int = 32,
+                 on_progress: Callable[[int], object] | None = None) -> list[float]:
     """eRank (Roy & Vetterli 2007, "The effective rank"; see `red_kernels.erank`) at the embedding and after each of the L layers.
 
     Args:
@@ -31,6 +34,7 @@ def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4
         max_tokens: rows of the matrix whose rank is taken; the first ones count. An eRank is below this number and grows with it:
             compare only at equal text.
         batch_size: documents that are read together.
+        on_progress: called with the number of documents after each batch.
 
     Returns:
         `L + 1` numbers between 1 and the hidden size; NaN where the states have no spectrum (all equal, or not finite).
@@ -56,7 +60,24 @@ def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4
             seen.clear()
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)  # without the head: logits are not needed
             streams.append([state[keep] for state in seen])
-    return [float(erank(torch.cat(layer)[:max_tokens].float(), invalid="nan")) for layer in zip(*streams)]
+            if on_progress:
+                on_progress(len(part))
+    return _eranks([torch.cat(layer)[:max_tokens] for layer in zip(*streams)])
+
+
+def stream_eranks(model, batch: dict[str, Tensor], *, max_tokens: int) -> list[float]:
+    """`hidden_erank` of one packed batch (`red.packing`), on the model's device: its first `max_tokens` tokens that are not padding."""
+    with evaluating(model), _watching(model) as seen:
+        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    keep = batch["token_mask"]
+    return _eranks([state[keep][:max_tokens] for state in seen])
+
+
+def _eranks(states: Sequence[Tensor]) -> list[float]:
+    """eRank of states [tokens, d] of every layer, NaN where there is no spectrum. Wide models are estimated to 1 % (`red_kernels.erank_estimate`), a few layers at a time."""
+    at_once = max(1, LAYERS_BYTES // (states[0].numel() * 4))
+    found = [erank_estimate(torch.stack(states[first : first + at_once]).float(), invalid="nan").erank for first in range(0, len(states), at_once)]
+    return torch.cat(found).tolist()
 
 
 def erank_table(name: str, values: Sequence[float], hidden_size: int, tokens: int) -> str:

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from red import losses
 from red.calibration import Calibration, model_hash
+from red.callbacks import ERankCallback
 from red.config import REDConfig
 from red.data import collate, for_attention
 from red.errors import REDError
@@ -32,6 +33,7 @@ from red.export import export
 from red.files import atomic_write_safetensors
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.projections import Projections
+from red.rank_bonus import RankBonus
 from red.taps import Taps
 from red_kernels import linear_kd
 
@@ -79,6 +81,7 @@ class REDTrainer(Trainer):
             mean_square = mean_square.clamp(min=TAP_FLOOR * mean_square.mean().item() or 1.0)
         self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target, detach_target=args.tap_detach,
                          mean_square=mean_square) if args.tap_weight else None
+        self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=kwargs.pop("data_collator", collate), **kwargs)
@@ -89,6 +92,9 @@ class REDTrainer(Trainer):
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self._counts: losses.Counts | None = None
+        if args.erank_steps:
+            held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
+            self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
         self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 
     def _agree(self) -> None:
@@ -115,10 +121,12 @@ class REDTrainer(Trainer):
             teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
 
         padded = self.args.lrc_faithful  # the public code's taps count padding too
-        with self._comparing(None if padded else inputs["token_mask"], counts.positions if padded else counts.tokens):
+        with self._comparing(None if padded else inputs["token_mask"], counts.positions if padded else counts.tokens), self._watching():
             loss, ce, kl = model(**place, distil=functools.partial(self._kd, teacher_hidden, inputs["labels"], counts))
         tap = self.taps.loss() if self.taps else torch.zeros((), device=loss.device)
         loss = loss + self.args.tap_weight * tap
+        if self.rank_bonus:  # a micro-batch weighs as many tokens as it has
+            loss = loss + self.rank_bonus.loss(inputs["token_mask"]) * inputs["token_mask"].sum() / counts.tokens
         if model.training:
             self._parts = self._parts.to(loss.device) + torch.stack([ce, kl, tap.detach()]).float()
         return (loss, None) if return_outputs else loss
@@ -139,6 +147,9 @@ class REDTrainer(Trainer):
 
     def _comparing(self, mask, num_tokens):
         return self.taps.comparing(mask, num_tokens) if self.taps else contextlib.nullcontext()
+
+    def _watching(self):
+        return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
     def training_step(self, *args, **kwargs):
         try:

@@ -26,6 +26,16 @@ def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], me
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
 
 
+def require_matrices(op: str, x: Tensor, mask: Tensor | None) -> None:
+    """x [..., N, d] of a floating dtype with a mask [..., N] bool or None."""
+    require_floating(op, x=x)
+    if x.dim() < 2 or x.shape[-1] < 1 or x.shape[-2] < 1:
+        raise ValueError(f"{op}: x must have shape [..., N, d] with N and d of at least 1, got {list(x.shape)}")
+    if mask is not None:
+        require_dtype(op, "mask", mask, torch.bool)
+        require_shape(op, "mask", mask, x.shape[:-1], "[..., N]")
+
+
 def require_index(op: str, index: Tensor) -> None:
     require_dtype(op, "index", index, torch.int64)
     if index.dim() != 1:

@@ -78,18 +78,6 @@ def test_export_takes_model_and_tokenizer_only(run, capsys):
     assert "no config.json" in message and "checkpoint-2" in message
 
 
-def test_erank_prints_and_writes(run, capsys):
-    models = [str(run / "teacher"), str(run / "run" / "student")]
-    arguments = ["erank", *models, "--data", str(run / "corpus.txt"), "--max-tokens", "200", "--json", str(run / "erank.json")]
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.count("Effective rank of") == 2
-    found = json.loads((run / "erank.json").read_text())["models"]
-    assert [found[name]["hidden_size"] for name in models] == [32, 16]
-    assert all(1 <= value <= model["hidden_size"] for model in found.values() for value in model["erank"])
-    assert len(found[models[0]]["erank"]) == 3 and found[models[0]]["tokens"] == 200
-    assert "nothing is overwritten" in refused(capsys, *arguments)
-
-
 def test_demo_passes_on_what_was_said(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("red.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
@@ -138,8 +126,6 @@ def test_other_commands_refuse_unknown_options_and_missing_files(folder, capsys)
     out = ("demo", "--output_dir", folder / "demo")
     assert "steps=0" in refused(capsys, *out, "--steps", "0") and "steps=-1" in refused(capsys, *out, "--steps", "-1")
     assert "processes=0" in refused(capsys, *out, "--processes", "0") and not (folder / "demo").exists()
-    assert "did you mean" in refused(capsys, "erank", folder / "teacher", "--data", folder / "corpus.tx")
-    assert "at least 2 tokens" in refused(capsys, "erank", folder / "teacher", "--data", folder / "corpus.txt", "--max-tokens", "1")
     assert "does not exist" in refused(capsys, "export", folder / "nothing", "--out", folder / "out")
     with pytest.raises(SystemExit) as stopped:
         main(["distil"])

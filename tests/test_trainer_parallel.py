@@ -42,6 +42,9 @@ def main(folder: str) -> None:
         if trainer.args.process_index == 0:
             entries = [entry for entry in trainer.state.log_history if "loss" in entry]
             (Path(folder) / f"{mode}.json").write_text(json.dumps([[entry[key] for key in KEYS] for entry in entries]))
+    watched = make_trainer(build_tiny_model(), Path(folder) / "watched", tokenised(48), max_steps=6, erank_steps=1, erank_patience=2, erank_floor=0.99, erank_stop=True)
+    watched.train()
+    assert watched.state.global_step == 1, "every rank stops at the step at which rank 0 sees the collapse"
     result = red.distill(build_tiny_model(), tokenised(), tokenizer=build_tiny_tokenizer(), **settings_of(Path(folder) / "distilled", max_steps=1))
     assert (result.path / "config.json").is_file(), "no rank may come back before the export is there"
 
