@@ -17,7 +17,7 @@ from red.erank_report import ModelRanks, figure, table
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_teacher):
     """Two models of different width and depth with their tokenizer, and a text."""
-    from conftest import build_tiny_tokenizer
+    from tiny_models import build_tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("erank")
     for name, settings in (("wide", {}), ("narrow", dict(hidden_size=16, num_hidden_layers=3))):
