@@ -56,12 +56,7 @@ def _raise_where(bad: Tensor, op: str, x: Tensor, reason) -> None:
 
 
 def _check(op: str, x: Tensor, mask: Tensor | None, precision: str) -> None:
-    checks.require_floating(op, x=x)
-    if x.dim() < 2 or x.shape[-1] < 1 or x.shape[-2] < 1:
-        raise ValueError(f"{op}: x must have shape [..., N, d] with N and d of at least 1, got {list(x.shape)}")
-    if mask is not None:
-        checks.require_dtype(op, "mask", mask, torch.bool)
-        checks.require_shape(op, "mask", mask, x.shape[:-1], "[..., N]")
+    checks.require_matrices(op, x, mask)
     if precision not in ("float64", "float32"):
         raise ValueError(f"{op}: precision={precision!r}; expected 'float64' or 'float32'")
 
