@@ -10,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 DEMO   ?= runs/demo
-CORES  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+CORES  := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # More than 4 workers spend their time importing torch.
 JOBS   ?= $(shell if [ $(CORES) -gt 4 ]; then echo 4; else echo $(CORES); fi)
 
