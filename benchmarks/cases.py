@@ -55,6 +55,7 @@ class Rival(NamedTuple):
     why_not: str = ""  # why it cannot be had, where run is None
     capture: bool = True  # False where it waits for the device
     within: float = 0.0  # relative error that is allowed beyond rounding, where the op is an estimate
+    times: float = 1.0  # a loop that takes minutes gets the first of so many matrices, and its time is multiplied
 
 
 class Goal(NamedTuple):
@@ -167,8 +168,9 @@ def row_of(case: Case, ceilings: dict, notes: list[str]) -> dict:
         try:
             prepared = [rival.prepare(*inputs) for inputs in copies]
             time = timing.measure(rival.run, prepared, case.seconds, case.repeats, rival.capture)
-            row["rivals"][name] = {"median_ms": time.median * 1e3, "spread": time.spread, "how": time.how, "peak_mib": timing.peak_mib(rival.run, prepared[0])}
-            row["ratios"][name] = time.median / ours.median
+            median, how = time.median * rival.times, time.how if rival.times == 1 else f"{time.how}, one of {rival.times:g}"
+            row["rivals"][name] = {"median_ms": median * 1e3, "spread": time.spread, "how": how, "peak_mib": timing.peak_mib(rival.run, prepared[0])}
+            row["ratios"][name] = median / ours.median
         except Exception as error:
             notes.append(f"{name} cannot be timed: {_first_line(error)}")
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from accelerate.utils import broadcast
@@ -45,14 +45,14 @@ class ERankCallback(TrainerCallback):
         self.trainer, self.steps, self.floor, self.patience, self.stop = trainer, steps, floor, patience, stop
         self.batch, self.tokens = _first(rows, tokens), tokens
         self.teacher: list[float] = []
-        self.below = 0  # checks in a row
+        self.warned = False  # of the collapse that goes on
 
-    @property
-    def collapsed(self) -> bool:
-        return self.below >= self.patience
+    def _below(self, state) -> int:
+        """Checks in a row below the floor, up to the last one. Counted in the history, which a resumed run has from its checkpoint."""
+        shares = {entry["step"]: entry["erank/share"] for entry in state.log_history if "erank/share" in entry}  # a resumed run checks its first step again
+        return sum(1 for _ in takewhile(lambda step: shares[step] < self.floor, sorted(shares, reverse=True)))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.below = 0
         if args.process_index == 0:
             self.teacher = self._measure(self.trainer.teacher)
             self._log(control, _named("erank_teacher", self.teacher))
@@ -67,13 +67,14 @@ class ERankCallback(TrainerCallback):
             values = self._measure(self.trainer.student)
             share = lowest_share(values, self.teacher)
             self._log(control, {"erank/share": share, **_named("erank", values)})
-            self.below = self.below + 1 if share < self.floor else 0
-            if self.below == self.patience:
+            below = self._below(state)
+            if below >= self.patience and not self.warned:
                 logger.warning(f"The student has collapsed: for {self.patience} checks its effective rank has been below {self.floor:.0%} of the teacher's "
                                f"(erank_floor), now {share:.1%} after {state.global_step} steps. Training on rarely brings it back: take another start, "
                                "such as start=fitted, or a lower learning rate.")
+            self.warned = below >= self.patience
         if self.stop:
-            over = self.collapsed
+            over = args.process_index == 0 and self._below(state) >= self.patience
             if args.world_size > 1:  # the others must stop at the same step
                 over = bool(broadcast(torch.tensor(int(over), device=args.device)))
             control.should_training_stop |= over

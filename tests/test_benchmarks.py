@@ -91,6 +91,12 @@ def test_a_row():
     json.dumps(row)
 
 
+def test_a_rival_that_gets_a_share_of_the_work_is_charged_for_all():
+    rivals = {"whole": Rival(lambda x: x + x), "share": Rival(lambda x: x + x, lambda x: (x[:1],), like=lambda ours: ours[:1], times=1000)}
+    row = cases.row_of(a_case(rivals=rivals), CEILINGS, [])
+    assert row["ratios"]["share"] > 50 * row["ratios"]["whole"] and "one of 1000" in row["rivals"]["share"]["how"]
+
+
 def test_eager_must_agree():
     for wrong in (lambda x: x * 0, lambda x: x.nothing, lambda x: x * float("nan"), lambda x: x[:2] * 2, lambda x: (x * 2, x)):
         with pytest.raises((AssertionError, AttributeError)):

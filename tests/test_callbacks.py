@@ -96,6 +96,16 @@ def test_a_check_above_the_floor_starts_anew(tiny_teacher, tmp_path, warnings, m
     assert trainer.state.global_step == 5 and len(warnings) == 1
 
 
+def test_a_resumed_run_remembers_the_checks_before_it(tiny_teacher, tmp_path, warnings, monkeypatch):
+    settings = dict(erank_steps=1, erank_stop=True, erank_patience=5, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(callbacks, "lowest_share", lambda *_: 0.1)
+    make_trainer(tiny_teacher(), tmp_path, max_steps=2, **settings).train()  # checks at 0, 1 and 2
+    assert not warnings
+    trainer = make_trainer(tiny_teacher(), tmp_path, max_steps=8, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and len(warnings) == 1, "0, 1, 2 and 2 again are three checks; 3 and 4 make five"
+
+
 @pytest.mark.parametrize("start, collapses", (("random", True), ("activation", False)))
 def test_the_random_start_of_the_embedded_example_is_seen(start, collapses, tmp_path, warnings):
     """LRC's start collapses within a few steps; RED's does not."""
