@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(export, "export", "checkpoint -> plain model", "Write the student of a training checkpoint as a plain Hugging Face model; optimiser state and projections\n"
                     "stay behind. It is reloaded in a fresh process and its logits compared before it appears at PATH.\n\n"
                     "  red export run/checkpoint-500 --out student --dtype bfloat16")
-    added.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or any Llama, Qwen2 or Qwen3 model")
+    added.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or any model of a supported family")
     option(added, "out", required=True, metavar="PATH", help="a folder that does not exist yet, or is empty")
     option(added, "dtype", metavar="DTYPE", help="float32, bfloat16 or float16 [as stored]")
     option(added, "as_llama", action="store_true", help="write a Qwen2 student as a Llama, for engines that ignore Qwen2's head_dim")
