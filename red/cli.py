@@ -57,7 +57,7 @@ It calibrates on the first --calibration_samples rows of --max_length tokens and
 # How `red distill -h` groups red's settings; one that is in no group stays with the one declared before it.
 GROUPS = {
     "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
-                         "packing", "output_dir"),
+                         "packing", "assistant_only_loss", "streaming", "token_cache_dir", "output_dir"),
     "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
     "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
