@@ -105,7 +105,7 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
     """Stream `batches` through the teacher once and return its channel statistics; `red.calibrate` takes text instead.
 
     Args:
-        teacher: a Llama, Qwen2 or Qwen3 causal language model.
+        teacher: a causal language model of a supported family (`red.families.SUPPORTED`).
         batches: dicts of `input_ids [B, T]`, and optionally `position_ids [B, T]` (a restart begins a new sequence) and
             `token_mask [B, T]` (False on padding): what `red.data.collate` returns.
         tap: "residual" or "norm", where RED's score reads the activations.

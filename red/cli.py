@@ -57,7 +57,7 @@ It calibrates on the first --calibration_samples rows of --max_length tokens and
 # How `red distill -h` groups red's settings; one that is in no group stays with the one declared before it.
 GROUPS = {
     "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
-                         "packing", "output_dir"),
+                         "packing", "assistant_only_loss", "streaming", "token_cache_dir", "output_dir"),
     "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
     "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(export, "export", "checkpoint -> plain model", "Write the student of a training checkpoint as a plain Hugging Face model; optimiser state and projections\n"
                     "stay behind. It is reloaded in a fresh process and its logits compared before it appears at PATH.\n\n"
                     "  red export run/checkpoint-500 --out student --dtype bfloat16")
-    added.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or any Llama, Qwen2 or Qwen3 model")
+    added.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or any model of a supported family")
     option(added, "out", required=True, metavar="PATH", help="a folder that does not exist yet, or is empty")
     option(added, "dtype", metavar="DTYPE", help="float32, bfloat16 or float16 [as stored]")
     option(added, "as_llama", action="store_true", help="write a Qwen2 student as a Llama, for engines that ignore Qwen2's head_dim")

@@ -14,7 +14,7 @@ from red.distillation import training_source, with_tokenizer
 from red.errors import REDError
 from red.export import ExportReport, export
 from red.files import START_FILE, STARTS, require_empty_output
-from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
+from red.prepare import calibration_batches, check_request, ready_calibration, start_projections, training_rows
 from red.settings import build_config
 from red.starting import fit_of
 
@@ -63,7 +63,7 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     teacher = teacher.eval().to(config.device)
     check_request(teacher, config)
-    rows = pack_rows(data, tokenizer, teacher, config)
+    rows = training_rows(data, tokenizer, teacher, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     calibration = ready_calibration(teacher, config, rows=rows, calibration=calibration, tokenizer=tokenizer)

@@ -30,6 +30,9 @@ class REDConfig(TrainingArguments):
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Of conversations (rows with messages), learn the assistant's turns only."})
+    streaming: bool = field(default=False, metadata={"help": "Read, tokenise and pack the training text while training, instead of all of it before; needs max_steps."})
+    token_cache_dir: str = field(default="auto", metadata={"help": "Where the tokens of large texts are kept for the next run; auto is red/tokens beside the Hugging Face cache, none keeps nothing."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})

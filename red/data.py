@@ -15,17 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
+from red.chat import render
 from red.errors import REDError
 from red.files import atomic_write_text, nearest, require_existing
 from red.packing import IGNORE, PackedDataset, collate, flatten, for_attention, pack, split
 
-__all__ = ["IGNORE", "PackedDataset", "check_examples", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id", "save_examples", "tokenizer_hash"]
+__all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id",
+           "save_examples", "tokenise", "tokenizer_hash"]
 
 BATCH = 1000  # texts that are tokenised together
 HASH_KEY = "tokenizer_hash"
 
 
-def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None) -> list[dict]:
+def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None, assistant_only_loss: bool = False) -> list[dict]:
     """Read and tokenise.
 
     Args:
@@ -35,9 +37,11 @@ def load_examples(source, tokenizer=None, *, text_column: str = "text", max_leng
             a path to a folder that `datasets.save_to_disk` wrote (a DatasetDict's "train" split is taken);
             a `datasets.Dataset`, or an IterableDataset that ends;
             an iterable of texts or of dicts. Dicts have `input_ids` (optionally `labels`, `attention_mask`), or `prompt` and `completion`
-            (the prompt gets no loss; both are tokenised separately, as a prompt is at inference), or the column `text_column`.
+            (the prompt gets no loss; both are tokenised separately, as a prompt is at inference), or `messages`, which the tokenizer's chat
+            template writes (`red.chat`), or the column `text_column`.
         tokenizer: the teacher's; may be None where every example has `input_ids`. Texts end with its eos token, where it has one.
         max_length: longer examples are cut into pieces of this many tokens; None leaves them whole.
+        assistant_only_loss: of `messages`, the assistant's turns alone get a loss.
 
     Raises:
         REDError: a missing path, an unknown format or column, tokens of another tokenizer, examples that contradict themselves.
@@ -45,7 +49,7 @@ def load_examples(source, tokenizer=None, *, text_column: str = "text", max_leng
     examples: list[dict] = []
     items, seen = _items(source, tokenizer), 0
     while chunk := list(islice(items, BATCH)):
-        examples += _tokenise(chunk, tokenizer, text_column, first=seen)
+        examples += tokenise(chunk, tokenizer, text_column, first=seen, assistant_only_loss=assistant_only_loss)
         seen += len(chunk)
     if max_length is not None:
         examples = [{**piece, "number": example["number"]} for example in examples for piece in split(example, max_length)]
@@ -91,17 +95,25 @@ def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, m
         max_length: tokens of a row; None does not ask for a full one.
 
     Raises:
-        REDError: no tokens; fewer than one row has; ids or labels out of range; padding among the tokens; a tokenizer with more entries than the embedding.
+        REDError: no tokens; fewer than one row has; or what `check_ids` refuses.
     """
-    if tokenizer is not None and len(tokenizer) > vocab_size:
-        raise REDError(f"The tokenizer has {len(tokenizer)} entries but the teacher's embedding has {vocab_size}: it is not this teacher's. "
-                       "Use the tokenizer that was saved with the teacher.")
     total = sum(len(example["input_ids"]) for example in examples)
     if total == 0:
         raise REDError(f"The data set is empty: {len(examples)} examples, 0 tokens. Give text, or check the file and the name of its column.")
     if all(len(example["input_ids"]) < 2 for example in examples):
         raise REDError(f"None of the {len(examples)} examples has two tokens, so there is nothing to predict. Look at what the tokenizer makes of the text: "
                        "a tokenizer of another class than the one that was saved can read everything as nothing.")
+    check_ids(examples, tokenizer, vocab_size)
+    if max_length is not None and total < max_length:
+        raise REDError(f"The data set has {total} tokens in {len(examples)} examples, less than one sequence of max_length={max_length}. "
+                       f"Give more text, or set max_length to {total} or less.")
+
+
+def check_ids(examples: Sequence[Mapping], tokenizer, vocab_size: int) -> None:
+    """REDError on ids or labels out of range, padding among the tokens, or a tokenizer with more entries than the embedding."""
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise REDError(f"The tokenizer has {len(tokenizer)} entries but the teacher's embedding has {vocab_size}: it is not this teacher's. "
+                       "Use the tokenizer that was saved with the teacher.")
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = None if pad == getattr(tokenizer, "eos_token_id", None) else pad
     for index, example in enumerate(examples):
@@ -119,9 +131,6 @@ def check_examples(examples: Sequence[Mapping], tokenizer, vocab_size: int, *, m
         if pad is not None and len(ids) > 1 and (ids[0] == pad or ids[-1] == pad):
             raise REDError(f"Example {index} is padded: it has {int((ids == pad).sum())} tokens with the id {pad} ({tokenizer.pad_token!r}). "
                            "Give its attention_mask, or remove the padding; red packs the rows itself.")
-    if max_length is not None and total < max_length:
-        raise REDError(f"The data set has {total} tokens in {len(examples)} examples, less than one sequence of max_length={max_length}. "
-                       f"Give more text, or set max_length to {total} or less.")
 
 
 def check_packed(rows: PackedDataset, vocab_size: int) -> None:
@@ -136,19 +145,25 @@ def check_packed(rows: PackedDataset, vocab_size: int) -> None:
 def _items(source, tokenizer) -> Iterator:
     """Texts and dicts, one by one, from any source."""
     if isinstance(source, (str, Path)):
-        source = _open(Path(source), tokenizer)
+        source = open_path(Path(source), tokenizer)
+    check_source(source, tokenizer)
+    return iter(source)
+
+
+def check_source(source, tokenizer) -> None:
+    """REDError if it cannot be read, or is a data set that was tokenised by another tokenizer."""
     if hasattr(source, "column_names") and hasattr(source, "info"):  # a datasets.Dataset or IterableDataset
         stored = re.search(HASH_KEY + r"\W{1,3}([0-9a-f]{64})", source.info.description or "")
-        _check_hash(stored and stored.group(1), tokenizer, "The data set")
+        check_hash(stored and stored.group(1), tokenizer, "The data set")
     elif isinstance(source, Mapping):
         raise REDError(f"The data is a dict with the keys {', '.join(map(str, source))}, not a sequence of examples. "
                        "Give one of its splits, or a list of dicts.")
     elif not isinstance(source, Iterable):
         raise REDError(f"Data of type {type(source).__name__} cannot be read. Give a path, a datasets.Dataset, or an iterable of texts or dicts.")
-    return iter(source)
 
 
-def _open(path: Path, tokenizer) -> Iterable:
+def open_path(path: Path, tokenizer) -> Iterable:
+    """What a .txt or .jsonl file or a saved data set holds; REDError where there is none of these."""
     require_existing(path, "The data path")
     if path.is_dir():
         return _saved_dataset(path)
@@ -172,7 +187,7 @@ def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
             except json.JSONDecodeError as error:
                 raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line.") from error
             if isinstance(value, dict) and set(value) == {HASH_KEY}:
-                _check_hash(value[HASH_KEY], tokenizer, str(path))
+                check_hash(value[HASH_KEY], tokenizer, str(path))
             else:
                 yield value
 
@@ -192,21 +207,30 @@ def _saved_dataset(path: Path):
     return loaded
 
 
-def _check_hash(stored: str | None, tokenizer, what: str) -> None:
+def check_hash(stored: str | None, tokenizer, what: str) -> None:
+    """REDError if a hash was stored and is not this tokenizer's."""
     if stored and tokenizer is not None and stored != tokenizer_hash(tokenizer):
         raise REDError(f"{what} was tokenised by another tokenizer (hash {stored[:12]}; the teacher's is {tokenizer_hash(tokenizer)[:12]}). "
                        "Tokenise its text again with the teacher's tokenizer, or give the text itself.")
 
 
-def _tokenise(items: list, tokenizer, text_column: str, first: int) -> list[dict]:
-    """One batch of texts and dicts -> examples; empty ones are left out."""
+def tokenise(items: list, tokenizer, text_column: str, first: int = 0, *, assistant_only_loss: bool = False) -> list[dict]:
+    """One batch of texts and dicts -> examples, numbered from `first`; empty ones are left out. What `load_examples` does, batch by batch."""
     texts: list[tuple[int, str, bool]] = []  # item, text, is it the beginning of its example
+    chats: dict[int, dict] = {}
     for index, item in enumerate(items):
-        if isinstance(item, str):
-            texts.append((index, item, True))
-        elif not isinstance(item, Mapping):
+        if not isinstance(item, (str, Mapping)):
             raise REDError(f"Example {first + index} is a {type(item).__name__}; a text or a dict is needed.")
-        elif "input_ids" not in item:
+        if isinstance(item, Mapping) and "input_ids" in item:
+            continue
+        if isinstance(item, Mapping) and "messages" in item:
+            chats[index] = render(item["messages"], tokenizer, first + index, assistant_only_loss=assistant_only_loss, tools=item.get("tools"))
+        elif assistant_only_loss:
+            raise REDError(f"Example {first + index} has no messages, and assistant_only_loss asks for the assistant's turns. "
+                           "Give conversations, or set assistant_only_loss=False.")
+        elif isinstance(item, str):
+            texts.append((index, item, True))
+        else:
             texts += [(index, text, begins) for text, begins in _texts_of(item, first + index, text_column)]
     if texts and tokenizer is None:
         raise REDError(f"Example {first + texts[0][0]} is text, and there is no tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(teacher).")
@@ -219,8 +243,8 @@ def _tokenise(items: list, tokenizer, text_column: str, first: int) -> list[dict
             for (index, _), ids in zip(chosen, encoded["input_ids"], strict=True):
                 parts.setdefault(index, []).append(ids)
     blank = parts.keys() - {index for index, text, _ in texts if text.strip()}
-    examples = [{**(_finish(parts[index], tokenizer.eos_token_id) if index in parts else _given(item, first + index)), "number": first + index}
-                for index, item in enumerate(items) if index not in blank]
+    examples = [{**(_finish(parts[index], tokenizer.eos_token_id) if index in parts else chats.get(index) or _given(item, first + index)),
+                 "number": first + index} for index, item in enumerate(items) if index not in blank]
     return [example for example in examples if len(example["input_ids"])]
 
 
@@ -232,10 +256,10 @@ def _texts_of(item: Mapping, number: int, text_column: str) -> list[tuple[str, b
     else:
         like = nearest(text_column, map(str, item))
         raise REDError(f"Example {number} has the columns {', '.join(map(str, item)) or '(none)'}; red reads {text_column!r} (text_column), "
-                       f"prompt and completion, or input_ids.{f' Did you mean text_column={like!r}?' if like else ' Set text_column.'}")
+                       f"prompt and completion, messages, or input_ids.{f' Did you mean text_column={like!r}?' if like else ' Set text_column.'}")
     for text, _ in texts:
         if not isinstance(text, str):
-            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. Render chats with tokenizer.apply_chat_template first.")
+            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. Give conversations as messages.")
     return texts
 
 

@@ -121,4 +121,4 @@ def _named_dataset(config: REDConfig):
         from datasets import load_dataset
     except ImportError as error:
         raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
-    return load_dataset(config.dataset_name, split=config.dataset_split)
+    return load_dataset(config.dataset_name, split=config.dataset_split, streaming=config.streaming)

@@ -27,7 +27,7 @@ def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4
     """eRank (Roy & Vetterli 2007, "The effective rank"; see `red_kernels.erank`) at the embedding and after each of the L layers.
 
     Args:
-        model: a Llama, Qwen2 or Qwen3 causal language model.
+        model: a causal language model of a supported family.
         tokenizer: its tokenizer; may be None if `texts` are lists of ids.
         texts: texts, lists of ids, or dicts with "input_ids". Where a dict has "labels", only tokens whose label is not -100 count, so
             that the eRank of answers can be had without that of the questions.

@@ -69,7 +69,7 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
     """Write the student with its tokenizer and generation settings, reload it in a fresh process, and compare.
 
     Args:
-        student: a Llama, Qwen2 or Qwen3 causal language model; it is not changed.
+        student: a causal language model of a supported family (`red.families.SUPPORTED`); it is not changed.
         tokenizer: saved beside it; None where there is none.
         output_dir: must be missing or empty. It appears only when everything has succeeded.
         dtype: of the weights, cast once from the student's own; None keeps that.

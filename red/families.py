@@ -15,7 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from red.errors import REDError
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+# Llama 2 and 3 are llama, Qwen2.5 is qwen2. Rotary scaling, layers without rotary angles and sliding windows are in the config, which the student shares.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_OUTPUT_NORMS = "each block's output passes a norm of its own before it reaches the residual stream"
+_FUSED = "q, k and v, and gate and up, are one weight each; split them and save the model as Llama, where its rotary scaling allows"
+REFUSED = {"gemma": "the embedding is scaled and the gains are 1 + weight", "gemma2": _OUTPUT_NORMS, "gemma3": _OUTPUT_NORMS, "gemma3_text": _OUTPUT_NORMS,
+           "olmo2": _OUTPUT_NORMS, "olmo3": _OUTPUT_NORMS, "glm4": _OUTPUT_NORMS, "phi3": _FUSED}
 
 # The seven taps of a layer, in the order of the data's way through it.
 READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
@@ -40,9 +46,16 @@ class Tap:
 
 def check_family(config: PreTrainedConfig) -> None:
     """Raise REDError unless the architecture is one whose modules this table describes."""
-    if config.model_type not in SUPPORTED:
-        raise REDError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}. "
-                       "Convert the teacher to one of these, or describe its modules in red/families.py.")
+    if config.model_type in SUPPORTED:
+        return
+    experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
+    if experts:
+        why = f"A feed-forward network of {experts} experts is no gate, up and down. Take a dense teacher."
+    elif config.model_type in REFUSED:
+        why = f"In it {REFUSED[config.model_type]}. Take a teacher of a supported family."
+    else:
+        why = "Convert the teacher to one of these, or describe its modules in red/families.py."
+    raise REDError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}. {why}")
 
 
 def teacher_config(name_or_path: str | Path) -> PreTrainedConfig:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from red import data, families
@@ -16,7 +16,9 @@ from red.errors import REDError
 from red.export import check_width
 from red.projections import Projections
 from red.starting import needs_of, start_maps
+from red.streaming import PackedStream
 from red.student import build_student
+from red.token_cache import cached
 
 CALIBRATION_BATCH = 8
 
@@ -45,13 +47,35 @@ def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTra
     if isinstance(source, data.PackedDataset):
         data.check_packed(source, teacher.config.vocab_size)
         return source
-    examples = data.load_examples(source, tokenizer, text_column=config.text_column, max_length=config.max_length)
-    data.check_examples(examples, tokenizer, teacher.config.vocab_size, max_length=config.max_length)
-    return data.pack(examples, config.max_length, pad_token_id=data.pad_id(tokenizer, teacher.config), packing=config.packing)
+    reading = dict(text_column=config.text_column, max_length=config.max_length, assistant_only_loss=config.assistant_only_loss)
+    vocab_size, pad = teacher.config.vocab_size, data.pad_id(tokenizer, teacher.config)
+
+    def build() -> data.PackedDataset:
+        examples = data.load_examples(source, tokenizer, **reading)
+        data.check_examples(examples, tokenizer, vocab_size, max_length=config.max_length)
+        return data.pack(examples, config.max_length, pad_token_id=pad, packing=config.packing)
+
+    return cached(build, source, tokenizer, config.token_cache_dir, **reading, packing=config.packing, vocab_size=vocab_size, pad_token_id=pad)
 
 
-def calibration_batches(rows: Sequence[dict], samples: int) -> Iterable[dict[str, torch.Tensor]]:
-    """The first `samples` rows in small batches, in order."""
+def training_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict] | PackedStream:
+    """`pack_rows`; or with `streaming`, and of an IterableDataset, rows that are packed while they are taken."""
+    if isinstance(source, PackedStream):
+        return source
+    if isinstance(source, data.PackedDataset) or not (config.streaming or isinstance(source, IterableDataset)):
+        return pack_rows(source, tokenizer, teacher, config)
+    if not config.packing:
+        raise REDError("packing=False pads to the longest document, which a stream does not know. Leave packing on, or set streaming=False.")
+    # on a GPU always one process at least: tokenising in this one would keep the GPU waiting
+    workers = config.dataloader_num_workers or int(config.device.type != "cpu")
+    return PackedStream(source, tokenizer, vocab_size=teacher.config.vocab_size, max_length=config.max_length, pad_token_id=data.pad_id(tokenizer, teacher.config),
+                        text_column=config.text_column, assistant_only_loss=config.assistant_only_loss, rank=config.process_index,
+                        world_size=config.world_size, num_workers=workers)
+
+
+def calibration_batches(rows: Sequence[dict] | PackedStream, samples: int) -> Iterable[dict[str, torch.Tensor]]:
+    """The first `samples` rows in small batches, in order; training gets them too."""
+    rows = rows.first(samples) if isinstance(rows, PackedStream) else rows
     subset = torch.utils.data.Subset(rows, range(min(samples, len(rows))))
     return DataLoader(subset, batch_size=CALIBRATION_BATCH, collate_fn=data.collate)
 
@@ -88,7 +112,7 @@ def calibrate(teacher: PreTrainedModel, source, tokenizer: PreTrainedTokenizerBa
                              tokenizer_hash=data.tokenizer_hash(tokenizer) if tokenizer is not None else "")
 
 
-def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | None = None,
+def ready_calibration(teacher: PreTrainedModel, config: REDConfig, *, rows: Sequence[dict] | PackedStream | None = None,
                       calibration: Calibration | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> Calibration:
     """The given calibration, checked to be this teacher's, or a new one of the first `config.calibration_samples` rows."""
     tokenizer_hash = data.tokenizer_hash(tokenizer) if tokenizer is not None else ""

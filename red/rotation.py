@@ -35,7 +35,7 @@ def rotate(teacher: PreTrainedModel, basis: Tensor, *, untie: bool = False) -> P
     """A new model of the teacher's function whose stream is `x @ basis` and whose `2L + 1` norm gains are 1.
 
     Args:
-        teacher: a Llama, Qwen2 or Qwen3 causal language model; it is not changed.
+        teacher: a causal language model of a supported family; it is not changed.
         basis: [d, d] orthogonal, fp32 or fp64; column `j` is the new channel `j` in terms of the old ones.
         untie: give a tied teacher a head of its own (`vocab_size · d` more parameters). A tied head is the embedding itself, so the final
             norm's gain cannot be folded into it, and a gain per channel does not commute with a rotation. Only where that gain is one

@@ -25,7 +25,7 @@ def build_student(teacher: PreTrainedModel, hidden_size: int, *, dtype: torch.dt
     What has no side on the residual stream (biases of readers, q/k norms) is the teacher's and frozen.
 
     Args:
-        teacher: a Llama, Qwen2 or Qwen3 causal language model.
+        teacher: a causal language model of a supported family (`red.families.SUPPORTED`).
         hidden_size: the student's width `d'`.
         dtype: dtype of the student's parameters; the teacher's if None.
     """

@@ -31,9 +31,10 @@ from red.data import collate, for_attention
 from red.errors import REDError
 from red.export import export
 from red.files import atomic_write_safetensors
-from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
+from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
 from red.projections import Projections
 from red.rank_bonus import RankBonus
+from red.streaming import StreamLoading, require_steps
 from red.taps import Taps
 from red_kernels import linear_kd
 
@@ -44,13 +45,14 @@ TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
 logger = logging.get_logger(__name__)
 
 
-class REDTrainer(Trainer):
+class REDTrainer(StreamLoading, Trainer):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
         teacher: the frozen teacher; moved to the training device and set to eval mode.
         args: a REDConfig.
-        train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset.
+        train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset;
+            with `streaming`, or as an IterableDataset, the training text is read as `red.streaming` says.
         processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
         calibration: channel statistics; None takes them on the first training rows.
         projections: ready ones, of a student and start of your own; None starts them as `args` says.
@@ -70,7 +72,9 @@ class REDTrainer(Trainer):
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
-        rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
+        rows = [source if source is None else read(source, processing_class, teacher, args)
+                for source, read in ((train_dataset, training_rows), (eval_dataset, pack_rows))]
+        require_steps(rows[0], args.max_steps)
         if calibration is not None or rows[0] is not None:
             calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
         batches = None if rows[0] is None else calibration_batches(rows[0], args.calibration_samples)
@@ -223,6 +227,7 @@ class REDTrainer(Trainer):
             atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(), metadata=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.load_stream(resume_from_checkpoint)
         self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
 
     def _load_best_model(self):

@@ -202,11 +202,13 @@ def normalised(x: Tensor) -> Tensor:
 def use_exact_norms(monkeypatch) -> None:
     """transformers computes RMSNorm in float32 even for a float64 model; for comparisons below 1e-7 it must not."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
     def forward(self, hidden_states):
         return self.weight * hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)

@@ -84,5 +84,5 @@ def test_the_padding_token_learns(tiny_teacher):
 def test_an_unknown_family_is_refused():
     from transformers import GPT2Config
 
-    with pytest.raises(REDError, match="model_type='gpt2' is not supported; supported are llama, qwen2, qwen3"):
+    with pytest.raises(REDError, match="model_type='gpt2' is not supported; supported are llama, mistral, qwen2, qwen3, smollm3"):
         student_config(GPT2Config(), 16)

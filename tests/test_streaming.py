@@ -1,0 +1,343 @@
+"""Streams: the same rows as packing everything before, in an order that workers do not change, and gone on with in the middle without reading again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import make_trainer, masters
+from transformers import TrainerCallback
+
+from red.data import load_examples, pack, save_examples
+from red.errors import REDError
+from red.prepare import calibration_batches
+from red.stream_sources import FileSource
+from red.streaming import STREAM_FILE, PackedStream
+
+LENGTH = 16
+TESTS = Path(__file__).parent
+
+
+class Counted:
+    """Texts that can be read again and again, and how many were."""
+
+    def __init__(self, texts):
+        self.texts, self.read = texts, 0
+
+    def __iter__(self):
+        for text in self.texts:
+            self.read += 1
+            yield text
+
+
+def words(count: int, longest: int = 30) -> list[str]:
+    """Documents that begin with their number, in 5 words, and have up to `longest` more: with 30 some are longer than a row, with 10 none."""
+    lengths = torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [" ".join(f"w{4 + int(digit)}" for digit in f"{number:05d}") + "".join(f" w{14 + number % 50}" for _ in range(length))
+            for number, length in enumerate(lengths)]
+
+
+def write(path, texts) -> object:
+    """The texts as a file of the kind that the name says: one JSON object a line, one text a line, or between blank lines."""
+    lines = [json.dumps({"text": text}) for text in texts] if path.suffix == ".jsonl" else texts
+    path.write_text({"lines.txt": "\n", "paragraphs.txt": "\n \n\n"}.get(path.name, "\n").join(lines) + "\n")
+    return path
+
+
+def sources(tmp_path, texts) -> dict:
+    datasets = pytest.importorskip("datasets")
+    names = {name: write(tmp_path / name, texts) for name in ("rows.jsonl", "lines.txt", "paragraphs.txt")}
+    halves = [write(tmp_path / f"{half}.jsonl", part) for half, part in (("a", texts[:170]), ("b", texts[170:]))]
+    table = datasets.Dataset.from_dict({"text": texts})
+    table.save_to_disk(tmp_path / "saved")
+    return {**names, "saved": tmp_path / "saved", "table": table, "list": texts, "object": Counted(texts),
+            "hub": datasets.load_dataset("json", data_files=list(map(str, halves)), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))}
+
+
+def stream_of(source, tokenizer, **settings) -> PackedStream:
+    return PackedStream(source, tokenizer, **{**dict(vocab_size=64, max_length=LENGTH), **settings})
+
+
+def take(stream: PackedStream, count: int) -> tuple[list[dict], object]:
+    """The next rows and the place after them."""
+    rows, place, iterator = [], stream.start, stream.rows()
+    for _ in range(count):
+        row, place = next(iterator)
+        rows.append(row)
+    iterator.close()
+    return rows, place
+
+
+def equal(ours, theirs) -> bool:
+    return len(ours) == len(theirs) and all(torch.equal(mine[key], other[key]) for mine, other in zip(ours, theirs, strict=True) for key in other)
+
+
+def documents(rows) -> list[tuple[int, ...]]:
+    """All pieces of documents in the rows, in order."""
+    found = []
+    for row in rows:
+        ids, positions = row["input_ids"][row["token_mask"]].tolist(), row["position_ids"][row["token_mask"]].tolist()
+        for token, position in zip(ids, positions, strict=True):
+            if position == 0:
+                found.append([])
+            found[-1].append(token)
+    return [tuple(piece) for piece in found]
+
+
+def test_every_source_streams_the_rows_that_packing_everything_gives(tmp_path, tiny_tokenizer):
+    texts = words(400)
+    packed = pack(load_examples(texts, tiny_tokenizer), LENGTH, pad_token_id=0)
+    whole = [packed[index] for index in range(len(packed))]
+    for name, source in sources(tmp_path, texts).items():
+        stream = stream_of(source, tiny_tokenizer)
+        assert equal(stream.first(10**6), whole), name
+        rows, place = take(stream, len(whole) + 20)
+        assert equal(rows[:len(whole) - 1], whole[:-1]), name
+        assert place.number == 1, "a stream begins again at its end"
+        assert documents(rows)[len(documents(whole)):][:9] == documents(whole)[:9]
+        assert equal(stream.first(5), whole[:5]), "whatever was read before"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "hub"])
+def test_workers_change_nothing(tmp_path, tiny_tokenizer, name):
+    source = sources(tmp_path, words(450))[name]
+    alone, place = take(stream_of(source, tiny_tokenizer), 1000)
+    shared, other = take(stream_of(source, tiny_tokenizer, num_workers=3), 1000)
+    assert place.number >= 1 and equal(shared, alone) and other == place
+
+
+def test_ranks_take_disjoint_shares_that_are_everything(tmp_path, tiny_tokenizer):
+    texts = words(450, longest=10)
+    whole = sorted(documents(stream_of(texts, tiny_tokenizer).first(10**6)))
+    for name, source in sources(tmp_path, texts).items():
+        shares = []
+        for rank in range(3):
+            stream, rows = stream_of(source, tiny_tokenizer, rank=rank, world_size=3), []
+            for row, place in stream.rows():
+                rows.append(row)
+                if place.number:  # the last row may hold documents of the next pass
+                    break
+            shares.append(documents(rows))
+            assert len(shares[-1]) > 50, name
+        assert set(whole) == set(shares[0]) | set(shares[1]) | set(shares[2])
+        assert sum(len(set(share)) for share in shares) <= len(whole) + 3 * LENGTH, f"{name}: nothing twice but what the last rows hold of the next pass"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "paragraphs.txt", "saved", "hub", "object"])
+def test_a_stream_goes_on_where_it_was(tmp_path, tiny_tokenizer, name):
+    source = sources(tmp_path, words(400))[name]
+    undisturbed, _ = take(stream_of(source, tiny_tokenizer), 900)
+    state, rows = None, []
+    for count in (0, 7, 200, 1, 0, 500, 192):  # beyond the end of a pass too
+        stream = stream_of(source, tiny_tokenizer)
+        if state is not None:
+            stream.load_state_dict(json.loads(json.dumps(state)))
+        more, place = take(stream, count)
+        rows += more
+        state = stream.state_dict([place])
+        assert len(state["layouts"]) == 1
+    assert equal(rows, undisturbed)
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (3, 2, 4, 1)], ids=str)
+@pytest.mark.parametrize("name", ["rows.jsonl", "hub"])
+def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, name, worlds):
+    """Whatever each had read: at the end every document has been read, and none twice."""
+    texts = words(450, longest=10)
+    source = sources(tmp_path, texts)[name]
+    whole, state, seen = documents(stream_of(source, tiny_tokenizer).first(10**6)), None, []
+    for turn, world in enumerate(worlds):
+        places = []
+        for rank in range(world):
+            stream = stream_of(source, tiny_tokenizer, rank=rank, world_size=world)
+            if state is not None:
+                stream.load_state_dict(state)
+            if turn < len(worlds) - 1:
+                rows, place = take(stream, 20 + 5 * rank)
+            else:  # the last one reads to the end
+                rows = []
+                for row, place in stream.rows():
+                    if place.number:
+                        break
+                    rows.append(row)
+            seen += documents(rows)
+            places.append(place)
+        state = stream.state_dict(places)
+    assert len(seen) == len(set(seen)), "nothing twice"
+    assert set(seen) <= set(whole) and len(set(whole) - set(seen)) <= worlds[-1] * LENGTH, "all but each rank's last row, which holds the next pass too"
+
+
+def test_a_resumed_file_is_read_from_there_on(tmp_path, tiny_tokenizer, monkeypatch):
+    """Blocks before the place are not touched; of a data set no more than one block is read again."""
+    path, touched, real = write(tmp_path / "rows.jsonl", words(400)), [], FileSource.documents
+    monkeypatch.setattr(FileSource, "documents", lambda self, block: (touched.append(block), real(self, block))[1])
+    stream = stream_of(path, tiny_tokenizer)
+    _, place = take(stream, 300)
+    touched.clear()
+    again = stream_of(path, tiny_tokenizer)
+    again.load_state_dict(stream.state_dict([place]))
+    take(again, 100)
+    assert place.block > 1 and touched[0] == place.block and touched == sorted(set(touched))
+
+    datasets = pytest.importorskip("datasets")
+    counted = Counted(words(400))
+    source = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in counted))
+    stream = stream_of(source, tiny_tokenizer)
+    _, place = take(stream, 300)
+    state = stream.state_dict([place])
+    assert state["source"]["examples_iterable"]["shard_example_idx"] == place.block * 64
+
+
+# ---- in training ----
+
+SETTINGS = dict(max_steps=6, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, streaming=True)
+
+
+class Interrupt(TrainerCallback):
+    """Ends the process' training like Ctrl-C, in the middle of step 5."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def ids_file(path, count: int = 700):
+    """Documents that are tokenised already: a trainer of them needs no tokenizer."""
+    rows = [[4 + int(digit) for digit in f"{number:05d}"] + [14 + number % 50] * (number % 10) for number in range(count)]
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_bit_for_bit_without_reading_again(tiny_teacher, tmp_path, monkeypatch, workers):
+    """Interrupted two steps after a checkpoint: the resumed run sees the micro-batches that an undisturbed one sees, and ends in the same weights."""
+    path, touched, real = ids_file(tmp_path / "rows.jsonl"), [], FileSource.documents
+    monkeypatch.setattr(FileSource, "documents", lambda self, block: (touched.append(block), real(self, block))[1])
+
+    def trainer(folder: str, callbacks=None):
+        return make_trainer(tiny_teacher(attention_dropout=0.1), tmp_path / folder, path, callbacks=callbacks, dataloader_num_workers=workers, **SETTINGS)
+
+    whole = trainer("whole")
+    whole.train()
+    assert len(whole.seen) == 12 and all(set(batch) == {"input_ids", "labels", "position_ids", "token_mask"} for batch in whole.seen)
+    (calibration,) = calibration_batches(whole.train_dataset, 4)
+    for key, value in calibration.items():
+        assert torch.equal(value, torch.cat([whole.seen[0][key], whole.seen[1][key]])), "what is calibrated on is trained on too"
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer("broken", [Interrupt()]).train()
+    torch.manual_seed(99)
+    resumed = trainer("broken")
+    touched.clear()
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.seen) == 6 and all(torch.equal(mine[key], other[key]) for mine, other in zip(resumed.seen, whole.seen[6:], strict=True) for key in other)
+    for name, value in masters(whole).items():
+        assert torch.equal(masters(resumed)[name], value), name
+    (layout,) = json.loads((tmp_path / "broken" / "checkpoint-3" / STREAM_FILE).read_text())["layouts"]
+    if not workers:  # else it is they who read
+        assert touched == list(range(layout[0][1], touched[-1] + 1))
+
+
+def test_a_data_set_that_streams(tiny_teacher, tmp_path):
+    """An IterableDataset is streamed without being asked to, and with what datasets does to it."""
+    datasets = pytest.importorskip("datasets")
+    ids_file(tmp_path / "rows.jsonl")
+    data = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+    data = data.filter(lambda row: len(row["input_ids"]) > 6).shuffle(seed=0, buffer_size=50)
+    trainer = make_trainer(tiny_teacher(), tmp_path / "run", data, max_steps=3)
+    trainer.train()
+    assert isinstance(trainer.train_dataset, PackedStream) and len({tuple(batch["input_ids"][0].tolist()) for batch in trainer.seen}) == 3
+
+
+def two_processes(folder: str) -> None:
+    """What each of two processes runs: 3 steps, and what it saw."""
+    from tiny_models import build_tiny_model
+
+    trainer = make_trainer(build_tiny_model(), f"{folder}/run", f"{folder}/rows.jsonl", **{**SETTINGS, "max_steps": 3})
+    trainer.train()
+    torch.save(trainer.seen, f"{folder}/seen-{trainer.args.process_index}.pt")
+
+
+def test_two_processes_stream_and_one_goes_on(tiny_teacher, tmp_path):
+    ids_file(tmp_path / "rows.jsonl")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)],
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert len(json.loads((checkpoint / STREAM_FILE).read_text())["layouts"][0]) == 2
+    resumed = make_trainer(tiny_teacher(), tmp_path / "run", tmp_path / "rows.jsonl", **SETTINGS)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    batches = [batch for rank in (0, 1) for batch in torch.load(tmp_path / f"seen-{rank}.pt")] + resumed.seen
+    assert len(batches) == 3 * 2 * 2 + 3 * 2
+    seen = documents([{key: value[row] for key, value in batch.items()} for batch in batches for row in range(2)])
+    whole = documents(resumed.train_dataset.first(10**6))
+    assert len(seen) == len(set(seen)), "no document twice"
+    ours = [piece for rank in (0, 1) for piece in documents([{key: value[row] for key, value in batch.items()}
+                                                             for batch in torch.load(tmp_path / f"seen-{rank}.pt") for row in range(2)])]
+    reached = max(whole.index(piece) for piece in documents([{key: value[row] for key, value in batch.items()} for batch in resumed.seen for row in range(2)]))
+    assert set(whole[:reached]) - set(ours) <= set(seen), "and what lay between the two is read first"
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("source, message", [
+    (["w5 w6"] * 3, "fewer blocks than there are processes .2."),
+    (iter(["w5"]), "A list_iterator can be read only once"),
+    ([7], "Example 0 is a int"),
+    (["w5", {"input_ids": [5, 99]}], "Example 1 has the id 99 at token 1, outside the teacher's vocabulary"),
+    ([{"body": "w5"}], "Example 0 has the columns body; red reads 'text'"),
+    ({"train": []}, "not a sequence of examples"),
+    (["", " "] * 300, "no tokens for this process in a whole pass"),
+])
+def test_what_a_stream_refuses(tiny_tokenizer, source, message):
+    with pytest.raises(REDError, match=message):
+        take(stream_of(source, tiny_tokenizer, rank=1 if message.startswith("fewer") else 0, world_size=2), 400)
+
+
+def test_what_a_file_that_streams_must_be(tmp_path, tiny_tokenizer):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(REDError, match="empty.txt' is empty"):
+        stream_of(tmp_path / "empty.txt", tiny_tokenizer)
+    with pytest.raises(REDError, match="does not exist; did you mean '.*empty.txt'"):
+        stream_of(tmp_path / "emty.txt", tiny_tokenizer)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "w5"}\n' * 900 + "{oops\n")
+    with pytest.raises(REDError, match="the line at byte 13500 is not JSON"):
+        stream_of(path, tiny_tokenizer).first(10**6)
+    with pytest.raises(REDError, match="the line at byte 13500 is not JSON"):  # not as a worker's traceback
+        take(stream_of(path, tiny_tokenizer, num_workers=2), 10**6)
+    path.write_text('{"text": " "}\n')
+    with pytest.raises(REDError, match="The stream is empty"):
+        stream_of(path, tiny_tokenizer).first(3)
+    other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="w9")
+    save_examples(path, load_examples(["w5"], tiny_tokenizer), tiny_tokenizer)
+    with pytest.raises(REDError, match="tokenised by another tokenizer"):
+        stream_of(path, other)
+    assert documents(stream_of(path, tiny_tokenizer).first(9)) == [(5, 2)]
+
+
+def test_settings_that_do_not_go_with_a_stream(tiny_teacher, tmp_path):
+    path = ids_file(tmp_path / "rows.jsonl")
+    with pytest.raises(REDError, match="max_steps=-1. Set max_steps"):
+        make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, max_steps=-1)
+    with pytest.raises(REDError, match="packing=False pads"):
+        make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, packing=False)
+    make_trainer(tiny_teacher(), tmp_path / "run", path, **{**SETTINGS, "max_steps": 3}).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    with path.open("a") as file:
+        file.write('{"input_ids": [5, 6]}\n')
+    with pytest.raises(REDError, match="reading another stream: bytes was"):
+        make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / STREAM_FILE).unlink()
+    with pytest.raises(REDError, match="that run did not stream its text"):
+        make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
+
+
+if __name__ == "__main__":
+    two_processes(sys.argv[1])
