@@ -161,16 +161,16 @@ class Memory:
         return self.held + max(self.gathered + self.taps + self.activations + self.loss, self.step_only)
 
 
-def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas: int = 1, checkpointing: str = "none", student_bytes: int = BF16,
-           loss_chunk: int | None = None) -> Memory:
+def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas: int = 1, whole_gradients: bool = False, checkpointing: str = "none",
+           student_bytes: int = BF16) -> Memory:
     """Bytes on each GPU with `tokens` a micro-batch.
 
     Args:
         shards: GPUs that share one copy of teacher, student, gradients, projections and moments (FSDP2); 1 keeps everything whole.
         replicas: such copies; with shards=1 that is plain data parallel.
+        whole_gradients: FSDP2 adds a step's micro-batches up before it reduces, so every GPU holds the sum of all gradients.
         checkpointing: as in `flops`.
         student_bytes: of an entry of the student's weights on one GPU: 2, or 4 for fp32 under autocast. Shards are fp32 and gathered in bf16.
-        loss_chunk: tokens whose logits exist at a time; None is what linear_kd's budget holds.
     """
     student, trained = teacher.narrowed(width), trainable(teacher, width)
     sharded = shards > 1
@@ -179,10 +179,10 @@ def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas
         student.matrices - student.layers * student.layer) + 2 * FP32 * student.layer if sharded else 0
     return Memory(
         teacher=BF16 * teacher.parameters // shards, student=(FP32 if sharded else student_bytes) * student.parameters // shards + cast,
-        projections=FP32 * trained // shards, adam=2 * FP32 * trained // shards, gradients=FP32 * student.parameters // shards,
+        projections=FP32 * trained // shards, adam=2 * FP32 * trained // shards, gradients=FP32 * student.parameters // (1 if whole_gradients else shards),
         buckets=FP32 * student.parameters if replicas > 1 and not sharded else 0, gathered=gathered,
         taps=tap_bytes(teacher, width, tokens, checkpointing), activations=activation_bytes(student, tokens, checkpointing, student_bytes),
-        loss=loss_bytes(teacher, width, tokens, loss_chunk), context=CONTEXT,
+        loss=loss_bytes(teacher, width, tokens), context=CONTEXT,
         step_only=FP32 * trained // shards + FP32 * teacher.vocabulary * width // shards,
     )
 
@@ -214,10 +214,10 @@ def activation_bytes(student: Sizes, tokens: int, checkpointing: str = "none", s
     return tokens * (student.layers * kept + at_work + last)
 
 
-def loss_bytes(teacher: Sizes, width: int, tokens: int, chunk: int | None = None) -> int:
+def loss_bytes(teacher: Sizes, width: int, tokens: int) -> int:
     """linear_kd: the head's gradient summed in fp32, both models' logits of one chunk, and the last hidden states with their gradient."""
     gradient = FP32 * teacher.vocabulary * width
-    chunk = chunk or chunk_rows(tokens, 2 * BF16 * teacher.vocabulary, gradient // 2)
+    chunk = chunk_rows(tokens, 2 * BF16 * teacher.vocabulary, gradient // 2)
     return gradient + 2 * BF16 * chunk * teacher.vocabulary + BF16 * tokens * (teacher.width + width)
 
 
@@ -232,29 +232,37 @@ def chunk_rows(tokens: int, row_bytes: int, held: int) -> int:
 class Traffic:
     """Bytes that a GPU receives in one optimiser step, and the seconds that takes at the links' full rate (latencies not counted)."""
 
-    teacher: float  # gathers of the teacher's weights, a forward pass each
+    teacher: float  # gathers of the teacher's weights, once a forward pass
     student: float  # gathers of the student's weights, forward and backward
     gradients: float  # reductions of the student's gradients
-    projections: float  # gathers of A, B and reductions of their gradients, once a step
+    projections: float  # pull-back and push-forward, once a step
+    targets: float  # gathers of B, where the two output taps need it
     seconds: float
 
     @property
     def bytes(self) -> float:
-        return self.teacher + self.student + self.gradients + self.projections
+        return self.teacher + self.student + self.gradients + self.projections + self.targets
 
 
-def traffic(teacher: Sizes, width: int, gpu: GPU, *, shards: int, replicas: int, micro_steps: int) -> Traffic:
-    """Ring collectives: a gather or a reduction of x bytes brings (shards - 1)/shards · x to every GPU, a sum over replicas twice that of its shard."""
-    student, trained = teacher.narrowed(width), trainable(teacher, width)
-    share = (shards - 1) / shards
-    layers = student.layers * student.layer
-    teacher_bytes = micro_steps * BF16 * teacher.parameters * share
-    student_bytes = micro_steps * BF16 * (2 * layers + student.parameters - layers) * share  # embedding and head stay from forward to backward
-    reduced = micro_steps * FP32 * student.parameters * share
-    maps = 2 * FP32 * trained * share
+def traffic(teacher: Sizes, width: int, gpu: GPU, *, shards: int, replicas: int, micro_steps: int, reductions: int = 1, checkpointing: str = "none",
+            tap_target: str = "gather") -> Traffic:
+    """What `red.sharding` and data parallel send, with ring collectives.
+
+    A gather or a reduction of x bytes over n GPUs brings (n - 1)/n · x to each, a sum that all receive twice that.
+    All weights are sharded by rows: push-forward gathers A for a reader and the teacher's weight for a writer, pull-back reduces A's gradient and gathers
+    the writer's weight again. `reductions` of the student's gradients are made in a step: one, or one a micro-batch.
+    """
+    student, share = teacher.narrowed(width), (shards - 1) / shards
+    layers, maps = student.layers * student.layer, teacher.width * width
+    readers = FP32 * maps * (5 * teacher.layers + (1 if teacher.tied else 2))
+    writers = BF16 * teacher.layers * teacher.width * (teacher.query + teacher.ffn)
+    targets = (1 if checkpointing == "none" else 2) * FP32 * 2 * maps * teacher.layers if tap_target == "projected" else 0
+    inside = dict(teacher=share * micro_steps * BF16 * teacher.parameters,
+                  student=share * micro_steps * BF16 * (2 * layers + student.parameters - layers),  # embedding and head stay from forward to backward
+                  gradients=share * reductions * FP32 * student.parameters, projections=share * 2 * (readers + writers), targets=share * micro_steps * targets)
     summed = 2 * FP32 * student.parameters / shards * (replicas - 1) / replicas
-    inside = teacher_bytes + student_bytes + reduced + maps
-    return Traffic(teacher_bytes, student_bytes, reduced + summed, maps, inside / rate(gpu, shards, shards) + summed / rate(gpu, replicas, shards * replicas))
+    seconds = sum(inside.values()) / rate(gpu, shards, shards) + summed / rate(gpu, replicas, shards * replicas)
+    return Traffic(**{**inside, "gradients": inside["gradients"] + summed}, seconds=seconds)
 
 
 def rate(gpu: GPU, members: int, span: int) -> float:

@@ -9,13 +9,13 @@ from pathlib import Path
 from red import costs
 from red.costs import Flops, Memory, Sizes, Traffic
 from red.errors import REDError
+from red.files import nearest
 from red.gpus import GPU, find_gpu
 from red.shapes import SHAPES, known_shape
 
 UTILISATION = 0.40  # of the data sheet's products; an assumption: no training step of this project has been timed on a GPU
 STEP_TOKENS = 49152  # of the paper's first run (arXiv 2605.29327)
 SPARE = 0.05  # of a GPU's memory, left to the allocator's gaps
-SHARDINGS = ("full", "none", "node")
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Plan:
 
 
 def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_device_train_batch_size: int = 3, max_length: int = 2048,
-         gradient_accumulation_steps: int | None = None, tokens: float = 10e9, sharding: str = "full", checkpointing: str = "none",
-         student_dtype: str = "bfloat16", tap_target: str = "projected", utilisation: float = UTILISATION) -> Plan:
+         gradient_accumulation_steps: int | None = None, tokens: float = 10e9, sharding: str = "full", sync_each_batch: bool = False,
+         checkpointing: str = "none", student_dtype: str = "bfloat16", tap_target: str = "projected", utilisation: float = UTILISATION) -> Plan:
     """Plan a distillation on 1 … `gpus` GPUs. Arithmetic alone: no weight is read, nothing is measured.
 
     Args:
@@ -90,7 +90,8 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
         per_device_train_batch_size, max_length: rows of a micro-batch on one GPU, and tokens of a row.
         gradient_accumulation_steps: micro-batches of a step; None comes nearest to steps of 49152 tokens over all GPUs.
         tokens: the budget that is to be trained on.
-        sharding: "full" shares everything over all GPUs (FSDP2), "none" keeps a copy on each (data parallel), "node" shares within nodes of 8 and copies between them.
+        sharding: "full" shares everything over all GPUs (FSDP2), "none" keeps a copy on each (data parallel).
+        sync_each_batch: reduce sharded gradients after every micro-batch (accelerate's setting of that name) instead of holding their sum whole until the step.
         checkpointing: "none", "cheap" (norms, activations and rotary embeddings are computed again) or "full" (every layer is).
         student_dtype: of the student's weights on the GPU: "bfloat16", or "float32" under autocast; plain data parallel on several GPUs takes float32 always.
         tap_target: "gather" for starts that select channels, "projected" for the others.
@@ -103,7 +104,7 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
 
     config = config_of(teacher)
     check_width(config, hidden_size)
-    for name, value, allowed in (("sharding", sharding, SHARDINGS), ("checkpointing", checkpointing, ("none", "cheap", "full")),
+    for name, value, allowed in (("sharding", sharding, ("full", "none")), ("checkpointing", checkpointing, ("none", "cheap", "full")),
                                  ("student_dtype", student_dtype, ("bfloat16", "float32")), ("tap_target", tap_target, ("gather", "projected"))):
         if value not in allowed:
             raise REDError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}.")
@@ -117,7 +118,7 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
 
     sizes, card = Sizes.of(config), find_gpu(gpu)
     options = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, checkpointing=checkpointing, student_dtype=student_dtype,
-                   tap_target=tap_target, tokens=tokens, utilisation=utilisation, sharding=sharding, gradient_accumulation_steps=gradient_accumulation_steps)
+                   tap_target=tap_target, tokens=tokens, utilisation=utilisation, sharding=sharding, sync_each_batch=sync_each_batch, gradient_accumulation_steps=gradient_accumulation_steps)
     counts = sorted({2**power for power in range(gpus.bit_length())} | {gpus})
     return Plan(teacher if isinstance(teacher, str) else config.model_type, sizes, sizes.narrowed(hidden_size), costs.trainable(sizes, hidden_size), card, options,
                 [_placement(sizes, hidden_size, card, count, options) for count in counts])
@@ -140,10 +141,11 @@ def config_of(teacher):
             raise REDError(f"{teacher} is no model's config.json: {error}") from error
     if shape is not None and not path.is_dir():
         return AutoConfig.for_model(**shape)
-    try:
-        return families.teacher_config(teacher)
-    except REDError as error:
-        raise REDError(f"{error}\nShapes that need no files: {', '.join(SHAPES)}.") from error
+    if "/" not in str(teacher) and not path.is_dir():
+        close = nearest(str(teacher), SHAPES)
+        hint = f"did you mean {close}?" if close else f"known are {', '.join(SHAPES)}."
+        raise REDError(f"The teacher {str(teacher)!r} is neither a known shape nor a folder; {hint}")
+    return families.teacher_config(teacher)
 
 
 def fits(memory: Memory, gpu: GPU) -> bool:
@@ -151,22 +153,25 @@ def fits(memory: Memory, gpu: GPU) -> bool:
 
 
 def _placement(teacher: Sizes, width: int, gpu: GPU, gpus: int, options: dict) -> Placement:
-    shards = {"full": gpus, "none": 1, "node": min(gpus, costs.NODE)}[options["sharding"]]
-    rows, length, checkpointing = options["per_device_train_batch_size"], options["max_length"], options["checkpointing"]
+    shards = gpus if options["sharding"] == "full" else 1
+    rows, length = options["per_device_train_batch_size"], options["max_length"]
+    checkpointing, tap_target = options["checkpointing"], options["tap_target"]
     accumulation = options["gradient_accumulation_steps"] or max(round(STEP_TOKENS / (rows * length * gpus)), 1)
 
     copies = gpus > 1 and shards == 1  # plain data parallel reduces gradients in the weights' dtype, so red keeps them fp32 there
     student_bytes = costs.BF16 if options["student_dtype"] == "bfloat16" and not copies else costs.FP32
 
     def memory(rows: int) -> Memory:
-        return costs.memory(teacher, width, rows * length, shards=shards, replicas=gpus // shards, checkpointing=checkpointing, student_bytes=student_bytes)
+        return costs.memory(teacher, width, rows * length, shards=shards, replicas=gpus // shards, whole_gradients=accumulation > 1 and not options["sync_each_batch"],
+                            checkpointing=checkpointing, student_bytes=student_bytes)
 
     largest = 0
     while fits(memory(largest + 1), gpu):
         largest += 1
     own = rows * length * accumulation  # tokens a GPU takes in a step
-    flops = costs.flops(teacher, width, context=length, sharing=own * shards, checkpointing=checkpointing, tap_target=options["tap_target"])
-    traffic = costs.traffic(teacher, width, gpu, shards=shards, replicas=gpus // shards, micro_steps=accumulation)
+    flops = costs.flops(teacher, width, context=length, sharing=own * shards, checkpointing=checkpointing, tap_target=tap_target)
+    traffic = costs.traffic(teacher, width, gpu, shards=shards, replicas=gpus // shards, micro_steps=accumulation, checkpointing=checkpointing,
+                            reductions=accumulation if options["sync_each_batch"] else 1, tap_target=tap_target)
     compute = flops.total * own / (gpu.flops * options["utilisation"])
     steps = options["tokens"] / (own * gpus)
     return Placement(gpus, shards, accumulation, memory(rows), largest, flops, traffic, compute, own * gpus,

@@ -47,6 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def known_shape(name: str) -> dict[str, Any] | None:
-    """The shape of a teacher's name: with or without an organisation and `-Instruct`, in any case; None if it is not in the table."""
+    """The shape of a teacher's name: with or without an organisation and `-Instruct`, in any case; None if it is not in the table, or is a path."""
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        return None
     wanted = name.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
     return next((shape for known, shape in SHAPES.items() if known.lower() == wanted), None)
