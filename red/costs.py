@@ -162,14 +162,14 @@ class Memory:
 
 
 def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas: int = 1, whole_gradients: bool = False, checkpointing: str = "none",
-           student_bytes: int = BF16) -> Memory:
+           tap_target: str = "gather", student_bytes: int = BF16) -> Memory:
     """Bytes on each GPU with `tokens` a micro-batch.
 
     Args:
         shards: GPUs that share one copy of teacher, student, gradients, projections and moments (FSDP2); 1 keeps everything whole.
         replicas: such copies; with shards=1 that is plain data parallel.
         whole_gradients: FSDP2 adds a step's micro-batches up before it reduces, so every GPU holds the sum of all gradients.
-        checkpointing: as in `flops`.
+        checkpointing, tap_target: as in `flops`.
         student_bytes: of an entry of the student's weights on one GPU: 2, or 4 for fp32 under autocast. Shards are fp32 and gathered in bf16.
     """
     student, trained = teacher.narrowed(width), trainable(teacher, width)
@@ -181,19 +181,17 @@ def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas
         teacher=BF16 * teacher.parameters // shards, student=(FP32 if sharded else student_bytes) * student.parameters // shards + cast,
         projections=FP32 * trained // shards, adam=2 * FP32 * trained // shards, gradients=FP32 * student.parameters // (1 if whole_gradients else shards),
         buckets=FP32 * student.parameters if replicas > 1 and not sharded else 0, gathered=gathered,
-        taps=tap_bytes(teacher, width, tokens, checkpointing), activations=activation_bytes(student, tokens, checkpointing, student_bytes),
+        taps=tap_bytes(teacher, width, tokens, checkpointing, tap_target), activations=activation_bytes(student, tokens, checkpointing, student_bytes),
         loss=loss_bytes(teacher, width, tokens), context=CONTEXT,
         step_only=FP32 * trained // shards + FP32 * teacher.vocabulary * width // shards,
     )
 
 
-def tap_bytes(teacher: Sizes, width: int, tokens: int, checkpointing: str = "none") -> int:
-    """What the taps keep, bf16.
-
-    Without checkpointing a target gives way to its difference from the student's output, at the student's width for the two writers; under checkpointing
-    the targets, at the teacher's width, wait for the backward pass, which makes the differences of one layer at a time.
+def tap_bytes(teacher: Sizes, width: int, tokens: int, checkpointing: str = "none", tap_target: str = "gather") -> int:
+    """What the taps keep, bf16: differences from the student's outputs, each in its target's stead; under full checkpointing the targets themselves wait
+    for the backward pass, those of the two writers at the teacher's width where they are gathered from it.
     """
-    outputs = 2 * (width if checkpointing == "none" else teacher.width)
+    outputs = 2 * (teacher.width if (checkpointing, tap_target) == ("full", "gather") else width)
     return BF16 * tokens * teacher.layers * (teacher.readers + outputs)
 
 
@@ -244,8 +242,7 @@ class Traffic:
         return self.teacher + self.student + self.gradients + self.projections + self.targets
 
 
-def traffic(teacher: Sizes, width: int, gpu: GPU, *, shards: int, replicas: int, micro_steps: int, reductions: int = 1, checkpointing: str = "none",
-            tap_target: str = "gather") -> Traffic:
+def traffic(teacher: Sizes, width: int, gpu: GPU, *, shards: int, replicas: int, micro_steps: int, reductions: int = 1, tap_target: str = "gather") -> Traffic:
     """What `red.sharding` and data parallel send, with ring collectives.
 
     A gather or a reduction of x bytes over n GPUs brings (n - 1)/n · x to each, a sum that all receive twice that.
@@ -256,7 +253,7 @@ def traffic(teacher: Sizes, width: int, gpu: GPU, *, shards: int, replicas: int,
     layers, maps = student.layers * student.layer, teacher.width * width
     readers = FP32 * maps * (5 * teacher.layers + (1 if teacher.tied else 2))
     writers = BF16 * teacher.layers * teacher.width * (teacher.query + teacher.ffn)
-    targets = (1 if checkpointing == "none" else 2) * FP32 * 2 * maps * teacher.layers if tap_target == "projected" else 0
+    targets = FP32 * 2 * maps * teacher.layers if tap_target == "projected" else 0
     inside = dict(teacher=share * micro_steps * BF16 * teacher.parameters,
                   student=share * micro_steps * BF16 * (2 * layers + student.parameters - layers),  # embedding and head stay from forward to backward
                   gradients=share * reductions * FP32 * student.parameters, projections=share * 2 * (readers + writers), targets=share * micro_steps * targets)

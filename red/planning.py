@@ -163,14 +163,14 @@ def _placement(teacher: Sizes, width: int, gpu: GPU, gpus: int, options: dict) -
 
     def memory(rows: int) -> Memory:
         return costs.memory(teacher, width, rows * length, shards=shards, replicas=gpus // shards, whole_gradients=accumulation > 1 and not options["sync_each_batch"],
-                            checkpointing=checkpointing, student_bytes=student_bytes)
+                            checkpointing=checkpointing, tap_target=tap_target, student_bytes=student_bytes)
 
     largest = 0
     while fits(memory(largest + 1), gpu):
         largest += 1
     own = rows * length * accumulation  # tokens a GPU takes in a step
     flops = costs.flops(teacher, width, context=length, sharing=own * shards, checkpointing=checkpointing, tap_target=tap_target)
-    traffic = costs.traffic(teacher, width, gpu, shards=shards, replicas=gpus // shards, micro_steps=accumulation, checkpointing=checkpointing,
+    traffic = costs.traffic(teacher, width, gpu, shards=shards, replicas=gpus // shards, micro_steps=accumulation,
                             reductions=accumulation if options["sync_each_batch"] else 1, tap_target=tap_target)
     compute = flops.total * own / (gpu.flops * options["utilisation"])
     steps = options["tokens"] / (own * gpus)
