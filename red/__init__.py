@@ -13,6 +13,7 @@ _home = {
     "CompressResult": "compression", "compress": "compression",
     "DistillResult": "distillation", "distill": "distillation",
     "ERankCallback": "callbacks", "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
+    "plan": "planning",
     "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
     "principal_basis": "rotation", "random_basis": "rotation", "rotate": "rotation",
 }

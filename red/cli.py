@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, distill, compress, plan, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -7,63 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from red.cli_help import COMPRESS, DESCRIPTION, DISTILL, EXAMPLES, PLAN, DistillHelp
 from red.errors import REDError
 from red.files import HALF_LAYERS, START_FILE, require_existing
-
-DESCRIPTION = """\
-Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (the student) that keeps its multi-step reasoning.
-
-  red demo       the embedded example, end to end, on any laptop: watch a random start lose its reasoning and RED keep it
-  red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
-  red compress   the same without training: the fitted start as a checkpoint, in minutes
-  red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
-  red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
-"""
-
-EXAMPLES = """\
-examples:
-  red demo
-  red distill --teacher_model_name_or_path path/to/teacher --train_file corpus.txt --hidden_size 1536 --output_dir run
-  red erank path/to/teacher run/student --data held_out.txt
-  red export run/checkpoint-500 --out student --dtype bfloat16
-
-`red COMMAND -h` explains one command. Bad input ends with one message and exit code 2, and nothing overwritten.
-"""
-
-DISTILL = """\
-Distil a teacher into a student of width --hidden_size; the result is OUTPUT_DIR/student, a plain Hugging Face checkpoint.
-
-  red distill --config run.yaml
-  red distill --config run.yaml --learning_rate 2e-4 --start pca        the command line wins over the file
-  red distill --teacher_model_name_or_path T --train_file corpus.txt --hidden_size 1536 --max_steps 1000 --output_dir run
-  red distill --config run.yaml --resume                                goes on from the last checkpoint in output_dir
-
-run.yaml holds one `field: value` a line. Every setting below works in the file and, as --setting value or --setting=value (hyphens or
-underscores; a bare --setting is true), on the command line. So does every other field of transformers' TrainingArguments
-(per_device_train_batch_size, gradient_accumulation_steps, max_steps, bf16, save_steps, report_to, ...).
-"""
-
-COMPRESS = """\
-Narrow a teacher to --hidden_size without training; the result is OUTPUT_DIR/student, a plain Hugging Face checkpoint.
-
-  red compress --teacher_model_name_or_path T --train_file corpus.txt --hidden_size 1536 --output_dir small
-  red compress ... --dry_run                        prints what it would cost in time and memory, from the shapes alone
-  red distill ... --start small/start.safetensors   trains on from it
-
-It calibrates on the first --calibration_samples rows of --max_length tokens and takes the start `fitted`, unless --start names another. Settings as in
-`red distill` (see red distill -h), in a --config file or as --setting value. An interrupted fit goes on when the same command is given again.
-"""
-
-# How `red distill -h` groups red's settings; one that is in no group stays with the one declared before it.
-GROUPS = {
-    "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
-                         "packing", "assistant_only_loss", "streaming", "token_cache_dir", "output_dir"),
-    "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
-    "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
-    "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
-    "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "remove_unused_columns"),
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -141,6 +87,22 @@ def compress(options: argparse.Namespace) -> None:
     print(result.report)
 
 
+def plan(options: argparse.Namespace) -> None:
+    from red.planning import plan as run
+
+    given = {name: value for name, value in vars(options).items() if name in run.__kwdefaults__ and value is not None}  # the defaults are plan's own
+    found = run(options.teacher, options.hidden_size, **given)
+    if options.output:
+        from red.files import atomic_write_json
+
+        atomic_write_json(options.output, found.to_dict())
+    print(found)
+    if options.paper:
+        from red.plan_report import aligned, paper_rows
+
+        print("\nThe paper's runs on 8 H800 (arXiv 2605.29327), and the plan for them", *aligned(paper_rows()), sep="\n")
+
+
 def erank(options: argparse.Namespace) -> None:
     from red.erank_report import report
 
@@ -195,28 +157,6 @@ def _kept(options: argparse.Namespace) -> str:
     return "No checkpoint had been written; nothing is kept."
 
 
-class _DistillHelp(argparse.Action):
-    """`red distill -h`: red's own settings with their defaults, read from REDConfig when asked for."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        import dataclasses
-
-        from red.config import REDConfig
-
-        parser.print_help()
-        fields = {field.name: field for field in dataclasses.fields(REDConfig)}
-        group_of = {name: title for title, names in GROUPS.items() for name in names}
-        lines, title = {title: [] for title in GROUPS}, next(iter(GROUPS))
-        for name in ["output_dir", *REDConfig.__annotations__]:
-            title = group_of.get(name, title)
-            text = "Folder of the run: missing or empty." if name == "output_dir" else fields[name].metadata.get("help", "")
-            default = "" if fields[name].default is None or name in ("output_dir", "hidden_size") else f" [{fields[name].default}]"
-            lines[title].append(f"  --{name:<28} {text}{default}")
-        for title, group in lines.items():
-            print(f"\n{title}:", *sorted(group, key=lambda line: "--output_dir" in line), sep="\n")
-        parser.exit()
-
-
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("red", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=formatter, allow_abbrev=False)
@@ -242,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "device", choices=("auto", "cpu", "cuda"), help="[auto: a GPU if there is one]")
 
     added = command(distill, "distill", "teacher + text -> student", DISTILL, add_help=False, usage="red distill [--config FILE] [--setting value ...]")
-    added.add_argument("-h", "--help", action=_DistillHelp, nargs=0, help="show this and every setting")
+    added.add_argument("-h", "--help", action=DistillHelp, nargs=0, help="show this and every setting")
     option(added, "config", metavar="FILE", help="YAML file of settings")
     option(added, "resume", action="store_true", help="go on from the last checkpoint in output_dir")
     option(added, "eval_file", metavar="FILE", help="held-out text; its loss is reported")
@@ -253,6 +193,24 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "calibration", metavar="FILE", help="channel statistics that red.calibrate(...).save wrote [taken on the text]")
     option(added, "dtype", metavar="DTYPE", help="of the weights: float32, bfloat16 or float16 [the loaded teacher's]")
     option(added, "dry_run", action="store_true", help="print the forecast of time and memory, and stop; no weight is read")
+
+    added = command(plan, "plan", "what a distillation will need, before a GPU is rented", PLAN)
+    added.add_argument("teacher", metavar="TEACHER", help="a well-known name (Llama-3.2-3B, Qwen3-8B, ...), a folder, a config.json, or a name on the hub")
+    option(added, "hidden_size", type=int, required=True, metavar="WIDTH", help="the student's width")
+    option(added, "gpu", metavar="GPU", help="H100, H200, H800, A100 or RTX4090 [H100]")
+    option(added, "gpus", type=int, metavar="N", help="the table goes from 1 to N [1]")
+    option(added, "per_device_train_batch_size", type=int, metavar="ROWS", help="of a micro-batch on one GPU [3]")
+    option(added, "max_length", type=int, metavar="TOKENS", help="of a row [2048]")
+    option(added, "gradient_accumulation_steps", type=int, metavar="N", help="micro-batches a step [nearest to 49152 tokens over all GPUs]")
+    option(added, "tokens", type=float, metavar="N", help="to train on, such as 10e9 [10e9]")
+    option(added, "sharding", metavar="HOW", help="full (FSDP2) or none (a copy on each: data parallel) [full]")
+    option(added, "sync_each_batch", action="store_true", help="reduce sharded gradients after every micro-batch: less memory, more traffic")
+    option(added, "checkpointing", metavar="HOW", help="none, cheap or full [none]")
+    option(added, "student_dtype", metavar="DTYPE", help="bfloat16 or float32 [bfloat16]")
+    option(added, "tap_target", metavar="HOW", help="gather (starts that select channels) or projected [projected]")
+    option(added, "utilisation", type=float, metavar="SHARE", help="of the data sheet's products that a step reaches [0.4, assumed]")
+    option(added, "paper", action="store_true", help="also the paper's three runs beside the plan for them")
+    added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
 
     added = command(erank, "erank", "effective rank per layer", "Print the effective rank of the models' hidden states, layer by layer and side by side.\n\n"
                     "  red erank path/to/teacher run/student --data held_out.txt --plot erank.svg\n\nCompare only at equal text and --max-tokens: the rank grows with them.")
