@@ -23,6 +23,7 @@ class REDConfig(TrainingArguments):
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: a name on the hub or a folder."})
     teacher_dtype: str = field(default="auto", metadata={"help": "Dtype the teacher is loaded in; auto is bfloat16 on a GPU, float32 on a CPU."})
+    student_dtype: str = field(default="auto", metadata={"help": "Dtype of the student's weights: float32, bfloat16, or auto, which is bfloat16 with bf16=True on one GPU. Projections, and the sum of the gradients, are float32 in every case."})
     hidden_size: int = field(default=0, metadata={"help": "The student's width d': a multiple of the number of attention heads, below the teacher's."})
     train_file: str | None = field(default=None, metadata={"help": "Training text: .txt, .jsonl or a saved datasets folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Training text: a data set on the hub (needs the `datasets` package)."})
@@ -100,6 +101,8 @@ class REDConfig(TrainingArguments):
         require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
         require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
+        require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):
