@@ -32,6 +32,8 @@ class REDConfig(TrainingArguments):
     max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
 
+    packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
+
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
     fit_reader_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the fitted readers, relative to the mean square of the student's normalised stream."})
@@ -103,6 +105,7 @@ class REDConfig(TrainingArguments):
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
         require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
+        require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):

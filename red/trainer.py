@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from red import losses
+from red import attention, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
 from red.config import REDConfig
@@ -82,9 +82,10 @@ class REDTrainer(Trainer):
         self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target, detach_target=args.tap_detach,
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
+        self.attention = attention.choose(args, self.teacher)
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
-                         data_collator=kwargs.pop("data_collator", collate), **kwargs)
+                         data_collator=attention.collate_with_starts(kwargs.pop("data_collator", collate)), **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
                            "Use one GPU, or data parallel (torchrun).")
@@ -115,8 +116,9 @@ class REDTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = self._counts if model.training and self._counts is not None else losses.count([inputs], self.args.device)
+        documents = attention.arguments(inputs, self.teacher.config)
         inputs = for_attention(inputs, self.teacher.config)
-        place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
+        place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], **documents}
         with torch.no_grad(), self.accelerator.autocast(), self._recording():
             teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
 
@@ -153,7 +155,8 @@ class REDTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         try:
-            return super().training_step(*args, **kwargs)
+            with attention.packed(self.attention, self.teacher, self.student):
+                return super().training_step(*args, **kwargs)
         finally:
             if self.taps:
                 self.taps.release()
@@ -169,7 +172,7 @@ class REDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), attention.packed(self.attention, self.teacher, self.student):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs, start_time=None):
