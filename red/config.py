@@ -33,6 +33,7 @@ class REDConfig(TrainingArguments):
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
 
     packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
+    checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
@@ -71,6 +72,8 @@ class REDConfig(TrainingArguments):
     def __post_init__(self):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
+        if self.checkpointing == "full":
+            self.gradient_checkpointing = True
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
@@ -85,6 +88,8 @@ class REDConfig(TrainingArguments):
             self.tap_detach = not self.lrc_faithful
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
+        if self.checkpointing == "none" and self.gradient_checkpointing:
+            self.checkpointing = "full"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
             kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name; older transformers lack one
@@ -106,6 +111,8 @@ class REDConfig(TrainingArguments):
         require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
         require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
         require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")
+        require(self.checkpointing in ("none", "cheap", "full"), "checkpointing", "use none, cheap or full")
+        require(self.checkpointing != "cheap" or not self.gradient_checkpointing, "checkpointing", "gradient_checkpointing=True recomputes whole layers; drop one of them")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):

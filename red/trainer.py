@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from red import attention, losses
+from red import attention, checkpointing, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
 from red.config import REDConfig
@@ -83,6 +83,7 @@ class REDTrainer(Trainer):
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
         self.attention = attention.choose(args, self.teacher)
+        checkpointing.enable(self.student, args.checkpointing)
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=attention.collate_with_starts(kwargs.pop("data_collator", collate)), **kwargs)
