@@ -34,6 +34,7 @@ class REDConfig(TrainingArguments):
 
     packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
     checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
+    compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
@@ -67,6 +68,7 @@ class REDConfig(TrainingArguments):
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logged mean; looks at the loss of every micro-batch, for which the GPU waits."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the packed rows carry a token mask."})
 
     def __post_init__(self):
@@ -113,6 +115,8 @@ class REDConfig(TrainingArguments):
         require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")
         require(self.checkpointing in ("none", "cheap", "full"), "checkpointing", "use none, cheap or full")
         require(self.checkpointing != "cheap" or not self.gradient_checkpointing, "checkpointing", "gradient_checkpointing=True recomputes whole layers; drop one of them")
+        require(not (self.compile_layers and self.checkpointing != "none"), "compile_layers", f"compiled layers recompute what is cheap by themselves; drop checkpointing={self.checkpointing!r}")
+        require(not self.torch_compile, "torch_compile", "would compile the whole model and break at every tap; use compile_layers=True")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from red import attention, checkpointing, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
+from red.compiled import CompiledLayers
 from red.config import REDConfig
 from red.data import collate, for_attention
 from red.errors import REDError
@@ -83,6 +84,7 @@ class REDTrainer(Trainer):
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
         self.attention = attention.choose(args, self.teacher)
+        self.compiled = CompiledLayers() if args.compile_layers else None
         checkpointing.enable(self.student, args.checkpointing)
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
@@ -151,12 +153,27 @@ class REDTrainer(Trainer):
     def _comparing(self, mask, num_tokens):
         return self.taps.comparing(mask, num_tokens) if self.taps else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def _compiling(self):
+        """The step's layers compiled; the taps then hear of their modules from these."""
+        if self.compiled is None:
+            yield
+            return
+        with self.compiled.running(self.teacher, self.student):
+            if self.taps:
+                self.taps.compiled = self.compiled
+            try:
+                yield
+            finally:
+                if self.taps:
+                    self.taps.compiled = None
+
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
     def training_step(self, *args, **kwargs):
         try:
-            with attention.packed(self.attention, self.teacher, self.student):
+            with attention.packed(self.attention, self.teacher, self.student), self._compiling():
                 return super().training_step(*args, **kwargs)
         finally:
             if self.taps:
