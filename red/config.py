@@ -76,9 +76,12 @@ class REDConfig(TrainingArguments):
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
         if self.checkpointing == "full":
             self.gradient_checkpointing = True
+        own_copies = self.accelerator_config is None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
+        elif own_copies and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # else every batch that goes to the GPU waits for all that was queued before
         self.start = str(self.start)  # a Path of a start file
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0

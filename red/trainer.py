@@ -99,7 +99,7 @@ class REDTrainer(Trainer):
         if args.erank_steps:
             held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
             self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
-        self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
+        self._parts, self._parts_steps = torch.zeros(3, device=args.device), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 
     def _agree(self) -> None:
         """Every rank goes on from rank 0's start: one of its own could differ in a bit, or in a channel, and drift from there."""
@@ -198,7 +198,7 @@ class REDTrainer(Trainer):
         if "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
             logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / self._parts_steps).tolist(), strict=True))
-            self._parts, self._parts_steps = torch.zeros(3), 0
+            self._parts, self._parts_steps = torch.zeros_like(self._parts), 0
         super().log(logs, start_time)
 
     # ---- the step ----

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_training import REDTrainer, make_trainer
+from tiny_training import REDTrainer, make_trainer, settings_of
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from red import attention
+from red.config import REDConfig
 
 META = torch.device("meta")
 
@@ -26,9 +28,24 @@ class Crossings(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {value.device.type for value in args if isinstance(value, Tensor) and value.dim()}  # a number is an argument of the kernel
+        copies = function.name() in ("aten::_to_copy", "aten::copy_")  # elsewhere a number of the host is an argument of the kernel
+        given = {value.device.type for value in args if isinstance(value, Tensor) and (value.dim() or copies)}
         if isinstance(result, Tensor) and given and given != {result.device.type}:
             self.found.append(function.name())
+        return result
+
+
+class Literals(TorchFunctionMode):
+    """Tensors made of Python numbers, which are copied too, below what the other mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.device == META:
+            self.found.append(function.__name__)
         return result
 
 
@@ -65,9 +82,9 @@ def test_a_step_reads_no_value(tiny_teacher, tmp_path, monkeypatch, settings):
     trainer.create_optimizer()
     batches = [{key: value.to(META) for key, value in trainer.data_collator([trainer.train_dataset[first + row] for row in range(2)]).items()} for first in (0, 2, 4, 6)]
     one_step(trainer, batches[:2])  # what is brought to the device once is there then
-    with Crossings() as crossings:
+    with Crossings() as crossings, Literals() as literals:
         one_step(trainer, batches[2:])
-    assert crossings.found == []
+    assert crossings.found == literals.found == []
     for reading in (lambda: torch.empty((), device=META).item(), lambda: bool(torch.ones(2, device=META).all()), lambda: torch.ones(2, device=META).cpu()):
         with pytest.raises((RuntimeError, NotImplementedError)):
             reading()
@@ -89,3 +106,11 @@ def one_step(trainer: REDTrainer, batches: list[dict]) -> None:
 def test_trainer_does_not_look_at_every_loss(tiny_teacher, tmp_path):
     """transformers' filter of NaN losses waits for the GPU in every micro-step; it is off unless asked for."""
     assert make_trainer(tiny_teacher(), tmp_path).args.logging_nan_inf_filter is False
+
+
+def test_batches_go_to_a_gpu_without_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(REDConfig, "device", property(lambda self: torch.device("cuda")))
+    settings = {**settings_of(tmp_path), "use_cpu": False}
+    assert REDConfig(**settings).accelerator_config.non_blocking is True
+    assert REDConfig(**settings, dataloader_pin_memory=False).accelerator_config.non_blocking is False
+    assert REDConfig(**settings, accelerator_config={"non_blocking": False}).accelerator_config.non_blocking is False
