@@ -76,12 +76,13 @@ class Taps:
         """mask [B, T] bool of the tokens that count; `num_tokens` the global count that divides (None: the local one)."""
         self._losses.clear()
         self._mask, self._num_tokens = mask, num_tokens
+        self._again = torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(self.student))
         self._mode = "compare"
         try:
             yield
         finally:
             self._mode = None
-        if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(self.student)):
+        if self._again:
             self._mode = "recompute"  # the backward pass runs each layer again, and must save what the hooks saved the first time
         else:
             self.release()
@@ -107,7 +108,8 @@ class Taps:
 
         def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self._mode == "compare":
-                loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
+                target = self._targets[tap] if self._again else self._targets.pop(tap)  # gone as soon as its difference is there: both would double the taps
+                loss = self._tap_loss(tap, name, args[0], output, target)
                 self._losses[tap] = loss / self._square(tap)
             elif self._mode == "recompute":
                 self._tap_loss(tap, name, args[0], output, self._targets.pop(tap))
