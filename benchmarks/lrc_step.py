@@ -112,7 +112,7 @@ class LRCStep:
             with torch.no_grad():
                 for name, value in maps.items():
                     self.parameter(name).copy_(value)
-        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     def parameter(self, name: str) -> nn.Parameter:
         """The projection or gain behind the student's parameter `name`."""

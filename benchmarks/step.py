@@ -225,13 +225,23 @@ def goals(rows: Sequence[dict], size_name: str) -> list[dict]:
             goal("times the peer", ">=", PEER, ratio), goal("peak GiB of the least rung", "<=", LOW_PEAK, None if least == float("inf") else least)]  # fmt: skip
 
 
+def lines(found: dict) -> list[str]:
+    """The goals, then the rungs."""
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    met = []
+    for goal in found["goals"]:
+        value = "" if goal["value"] is None else f" ({goal['value']:.4g})"
+        met.append(f"step {found['size']}: {goal['name']} {goal['goal']}: {words[goal['met']]}{value}")
+    return met + [f"step {line(row)}" for row in found["rows"]]
+
+
 def line(row: dict) -> str:
     if row["status"] != "measured":
         return f"{row['rung']}: {row['status']}"
     peak = row["memory"].get("device_gib", row["memory"].get("process_gib"))
-    busy = "" if row["kernels"]["busy"] is None else f", device busy {100 * row['kernels']['busy']:.0f} %"
+    busy = "" if row["kernels"]["busy"] is None else f", {sum(row['waits'].values())} waits of the host, device busy {100 * row['kernels']['busy']:.0f} %"
     return (f"{row['rung']}: {row['tokens_per_second']:.0f} tokens/s, micro-step {1e3 * row['micro_s']:.1f} ms ± {100 * row['micro_spread']:.0f} %, update {1e3 * row['update_s']:.1f} ms, "
-            f"peak {peak:.1f} GiB, {sum(row['waits'].values())} waits{busy}")
+            f"peak {peak:.1f} GiB{busy}")
 
 
 def file_name(found: dict) -> str:
@@ -259,8 +269,7 @@ def main() -> None:
         print(json.dumps(one_rung(options.rung, options.size, micro_steps, options.steps, options.warmup, options.rows)))
     else:
         found = climb(options.size, options.rungs, micro_steps, options.steps, options.warmup, options.seconds)
-        for goal in found["goals"]:
-            print(f"{goal['name']} {goal['goal']}: {goal['value']} ({goal['met']})")
+        print("\n".join(lines(found)))
         if options.out:
             place = options.out / file_name(found) if options.out.is_dir() else options.out
             place.write_text(json.dumps(found, indent=1) + "\n")
