@@ -97,6 +97,7 @@ class Case:
     seconds: float = 0.3
     repeats: int = 7
     capture: bool = True  # False where the op waits for the device
+    interleave: bool = False  # on a CPU: the rivals' calls in turn with ours
 
     def __str__(self) -> str:
         return self.variant
@@ -151,7 +152,11 @@ def row_of(case: Case, ceilings: dict, notes: list[str]) -> dict:
     bytes_per_second, flops_per_second = ceilings["copy_gbps"] * 1e9, ceilings["product_tflops"] * 1e12
     copies = timing.rotation(case.draw)
     rivals = dict(_agreeing(case, copies[0], notes))
-    ours = timing.measure(case.run, copies, case.seconds, case.repeats, case.capture)
+    together = {}
+    if case.interleave and not GPU:
+        turns = {name: (rival.run, [rival.prepare(*inputs) for inputs in copies]) for name, rival in rivals.items()}
+        together = timing.in_turn({"": (case.run, copies)} | turns, case.repeats)
+    ours = together.get("") or timing.measure(case.run, copies, case.seconds, case.repeats, case.capture)
     peak = timing.peak_mib(case.run, copies[0])
     row = {
         "target": case.target, "op": case.op, "variant": case.variant, "shape": case.shape, "dtype": str(DTYPE).removeprefix("torch."),
@@ -167,7 +172,7 @@ def row_of(case: Case, ceilings: dict, notes: list[str]) -> dict:
     for name, rival in rivals.items():
         try:
             prepared = [rival.prepare(*inputs) for inputs in copies]
-            time = timing.measure(rival.run, prepared, case.seconds, case.repeats, rival.capture)
+            time = together.get(name) or timing.measure(rival.run, prepared, case.seconds, case.repeats, rival.capture)
             median, how = time.median * rival.times, time.how if rival.times == 1 else f"{time.how}, one of {rival.times:g}"
             row["rivals"][name] = {"median_ms": median * 1e3, "spread": time.spread, "how": how, "peak_mib": timing.peak_mib(rival.run, prepared[0])}
             row["ratios"][name] = median / ours.median

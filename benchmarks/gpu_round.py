@@ -4,6 +4,7 @@
     tests       tests/kernels and tests/test_gpu.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
     aot         registers, spills and shared memory of every kernel with that machine's Triton, beside the tests
     benchmarks  every row of benchmarks/test_*.py at the shapes of the targets, as JSON
+    step        a whole training step of the Llama-3.2-3B shape, optimisation by optimisation, beside the eager LRC step
     launches    every launch of red_kernels/triton/launch.py
     ncu         a profile of the kernel furthest from its ceiling, where ncu runs
     demo        the embedded example on the GPU
@@ -54,15 +55,17 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
     """Groups of commands; those of a group run side by side."""
     python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     shapes = ["--shapes", "tiny"] if cpu else []
+    step = ["--size", "tiny"] if cpu else ["--micro_steps", "2", "--seconds", "145"]  # of eight: a rung's start takes longer than its steps
     aot = ["--ops", "tap_mse"] if cpu else ["--arch", "90"]  # one of its two architectures: compiling for both takes longer than the tests
     return [
-        *([] if cpu else [[Command("extension", 90, [python, "csrc/build.py"], optional=True)]]),
+        *([] if cpu else [[Command("extension", 60, [python, "csrc/build.py"], optional=True)]]),
         [
-            Command("aot", 150, [python, "benchmarks/aot.py", "--out", out / "aot.json", *aot], optional=True),
-            *[Command(f"tests {path}", 150, [*pytest, path]) for path in test_files(cpu)],
+            Command("aot", 110, [python, "benchmarks/aot.py", "--out", out / "aot.json", *aot], optional=True),
+            *[Command(f"tests {path}", 110, [*pytest, path]) for path in test_files(cpu)],
         ],
-        [Command("benchmarks", 160, [*pytest, "benchmarks", "--benchmark-only", "--kernels-json", out, *shapes])],
-        [Command("launches", 70, [python, "benchmarks/launches.py", "--out", out / "launches.json", *shapes, *(["--seconds", "0"] if cpu else [])])],
+        [Command("benchmarks", 120, [*pytest, "benchmarks", "--benchmark-only", "--kernels-json", out, *shapes])],
+        [Command("step", 155, [python, "benchmarks/step.py", "--out", out, "--steps", "3", "--warmup", "1", *step])],
+        [Command("launches", 40, [python, "benchmarks/launches.py", "--out", out / "launches.json", *shapes, *(["--seconds", "0"] if cpu else [])])],
     ]
 
 
@@ -72,7 +75,7 @@ def last_parts(out: Path, scratch: Path, cpu: bool) -> list[list[Command]]:
     if shutil.which("ncu") and op and not cpu:
         once = [sys.executable, "benchmarks/launches.py", "--once", op]
         profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:^{op}", "--launch-count", "8"]
-        parts.append([Command(f"ncu {op}", 60, [*profile, *once], optional=True)])
+        parts.append([Command(f"ncu {op}", 40, [*profile, *once], optional=True)])
     demo = [sys.executable, "-m", "red.cli", "demo", "--output_dir", scratch / "demo", "--steps", "4" if cpu else "150"]
     return [*parts, [Command("demo", 150, demo + ["--starts", "activation"] * cpu)]]
 
@@ -128,6 +131,10 @@ def summary(ended: list[dict], out: Path, seconds: float) -> list[str]:
         lines += [f"    {line[:240]}" for line in ([line for line in said if line.startswith(("FAILED", "ERROR"))] or said[-4:])[:12]]
     rows = kernel_rows(out)
     lines += [*report.goal_lines(rows), *map(report.line, rows)]
+    for place in out.glob("step_*.json"):
+        from benchmarks.step import lines as step_lines
+
+        lines += step_lines(json.loads(place.read_text()))
     if (out / "launches.json").exists():
         from benchmarks.launches import lines as launch_lines
 

@@ -100,6 +100,18 @@ def _on_the_wall(run: Callable, copies: list[tuple], seconds: float, repeats: in
     return summary(samples, "wall")
 
 
+def in_turn(runs: dict[str, tuple[Callable, list[tuple]]], repeats: int) -> dict[str, Timing]:
+    """Times of calls that take turns, on the wall: what else runs on the machine then meets all of them. Of long calls that wait for no device."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(-1, repeats):  # the first turn is a warm-up
+        for name, (run, copies) in runs.items():
+            start = time.perf_counter()
+            run(*copies[number % len(copies)])
+            if number >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return {name: summary(found, "wall, in turn") for name, found in samples.items()}
+
+
 def _captured(run: Callable, copies: list[tuple]) -> Callable[[], None] | None:
     """Replays one graph that calls `run` on every copy, or None where that cannot be captured.
 

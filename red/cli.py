@@ -11,6 +11,7 @@ from red.cli_help import COMPRESS, DESCRIPTION, DISTILL, EXAMPLES, PLAN, Distill
 from red.errors import REDError
 from red.files import HALF_LAYERS, START_FILE, require_existing
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from red_kernels.reference_linear_kd import linear_kd  # noqa: F401
+from red_kernels.rows import zero_rows
 from red_kernels.reference_selection import (  # noqa: F401
     covariance,
     gather,
@@ -111,7 +112,7 @@ def tap_mse(
     target = teacher if index is None else teacher.index_select(-1, index)
     difference = student.to(dtype) - target.to(dtype)
     if mask is not None:
-        difference.masked_fill_(~mask[..., None], 0)
+        difference = zero_rows(difference, mask)
     loss = difference.square().sum() / (student.shape[-1] * num_tokens)
     kept = torch.promote_types(student.dtype, teacher.dtype)
     return loss, difference.to(kept).contiguous() if need_grad else student.new_empty(0, dtype=kept)

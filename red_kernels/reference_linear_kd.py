@@ -2,9 +2,19 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+
+from red_kernels.rows import zero_rows
 
 ROWS = 1024  # of a chunk, unless the caller says
+CACHED = 2**17  # logits that a CPU takes through all passes at once, so that they stay in its cache: half the time of passes over a chunk
+
+
+def softmaxes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(log_softmax(x), softmax(x)) over the last dimension. PyTorch's log_softmax takes four times as long on a CPU."""
+    x = x - x.amax(-1, keepdim=True)
+    e = x.exp()
+    total = e.sum(-1, keepdim=True)
+    return x.sub_(total.log()), e.div_(total)
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -17,18 +27,22 @@ def divergence_terms(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
 
     Rounding of r enters the term of an r near 0 in second order; in p r it would in first, as large as a small divergence itself.
     """
-    near = (torch.expm1(-ratio) + ratio) * p
-    return torch.where(ratio.abs() < 0.5, near, torch.addcmul(q - p, p, ratio))
+    size = ratio.abs()
+    small = torch.lt(size, 0.5, out=torch.empty_like(ratio))  # 1 or 0: a bool, and `where`, are slow on a CPU
+    clamped = ratio.clamp(-0.5, 0.5)
+    near = torch.expm1(-clamped).add_(clamped).mul_(p)
+    return torch.addcmul(q - p, p, ratio).lerp_(near, small)
 
 
 def token_divergence(
     log_p: Tensor,  # [C, V] teacher log-probabilities at the temperature
+    p: Tensor,  # [C, V] exp(log_p)
     log_q: Tensor,  # [C, V] student log-probabilities at the temperature
+    q: Tensor,  # [C, V] exp(log_q)
     divergence: str,
     beta: float,
 ) -> tuple[Tensor, Tensor]:  # [C], [C, V]
     """D(p, q) of every row, and its gradient with respect to the argument of the softmax that gave q."""
-    p, q = log_p.exp(), log_q.exp()
     ratio = log_ratio(log_p, log_q)
     if divergence == "forward":  # KL(p‖q)
         return divergence_terms(p, q, ratio).sum(-1), q - p
@@ -38,7 +52,7 @@ def token_divergence(
 
     # jsd: β KL(p‖m) + (1-β) KL(q‖m), m = β p + (1-β) q. Through m comes -Σ (β p + (1-β) q)/m dm = -Σ dm = 0.
     # log m = max(log p, log q) + s, s <= 0: made from log(p / q), since log m itself would round away a small ratio to it.
-    weight = torch.where(ratio > 0, ratio.new_full((), 1 - beta), ratio.new_full((), beta))  # of the smaller of p and q
+    weight = torch.gt(ratio, 0, out=torch.empty_like(ratio)).mul_(1 - 2 * beta).add_(beta)  # of the smaller of p and q: 1-β or β
     s = torch.log1p(weight * torch.expm1(-ratio.abs()))
     ratio_p, ratio_q = ratio.clamp(max=0) - s, -ratio.clamp(min=0) - s
     m = beta * p + (1 - beta) * q
@@ -85,39 +99,53 @@ def linear_kd(
         z = z if logit_scale == 1.0 else z * logit_scale
         return z if logit_softcap is None else torch.tanh(z / logit_softcap) * logit_softcap
 
-    for start in range(0, hidden.shape[0], chunk_size or ROWS):
-        rows = slice(start, start + (chunk_size or ROWS))
-        in_ce, in_kl = ce_mask[rows], kl_mask[rows]
-        h = torch.where((in_ce | in_kl)[:, None], hidden[rows], 0)
-        h_teacher = torch.where(in_kl[:, None], teacher_hidden[rows], 0)
-        target = torch.where(in_ce, labels[rows], 0)[:, None]
-        row_ce = in_ce.to(dtype) / num_tokens
-        row_kl = in_kl.to(dtype) / num_kl_tokens
-
-        z = capped((h @ weight_shown.T).to(dtype))  # [C, V]
-        z_teacher = (h_teacher @ teacher_weight.T).to(dtype)
+    def rows_of(z: Tensor, z_teacher: Tensor, target: Tensor, row_ce: Tensor, row_kl: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of logits [R, V] and targets [R, 1]: cross-entropy and divergence, summed, and dloss/d(hidden · weightᵀ) [R, V]."""
+        z = capped(z)
         if teacher_top_k is not None:
             last = z_teacher.topk(teacher_top_k, sorted=False).values.amin(-1, keepdim=True)
-            log_p = log_softmax((capped(z_teacher) / temperature).masked_fill_(z_teacher < last, -torch.inf), dim=-1)
+            log_p, p = softmaxes((capped(z_teacher) / temperature).masked_fill_(z_teacher < last, -torch.inf))
         else:
-            log_p = log_softmax(capped(z_teacher) / temperature, dim=-1)
-        log_q1 = log_softmax(z, dim=-1)
-        log_q = log_q1 if temperature == 1.0 else log_softmax(z / temperature, dim=-1)
-        value, dz = token_divergence(log_p, log_q, divergence, beta)
-        ce -= (row_ce * log_q1.gather(1, target)[:, 0]).sum()
-        kl += (row_kl * value).sum()
-        if not (need_grad_hidden or need_grad_weight):
-            continue
+            z_teacher = capped(z_teacher)
+            log_p, p = softmaxes(z_teacher if temperature == 1.0 else z_teacher / temperature)
+        log_q1, q1 = softmaxes(z)
+        log_q, q = (log_q1, q1) if temperature == 1.0 else softmaxes(z / temperature)
+        value, dz = token_divergence(log_p, p, log_q, q, divergence, beta)
+        row_ce_sum, row_kl_sum = -(row_ce * log_q1.gather(1, target)[:, 0]).sum(), (row_kl * value).sum()
+        if not need_grad:
+            return row_ce_sum, row_kl_sum, None
 
-        dz_ce = log_q1.exp().scatter_add_(1, target, z.new_full((1, 1), -1.0).expand_as(target))  # softmax - onehot
+        dz_ce = q1.scatter_add_(1, target, z.new_full((1, 1), -1.0).expand_as(target))  # softmax - onehot
         dz *= (row_kl * (kl_weight / temperature))[:, None]
         dz += dz_ce.mul_((row_ce * ce_weight)[:, None])
         if logit_softcap is not None:
             dz *= 1 - (z / logit_softcap).square()
-        dz = (dz if logit_scale == 1.0 else dz * logit_scale).to(hidden.dtype)
+        return row_ce_sum, row_kl_sum, dz if logit_scale == 1.0 else dz * logit_scale
+
+    chunk_size, need_grad = chunk_size or ROWS, need_grad_hidden or need_grad_weight
+    block_size = chunk_size if hidden.is_cuda else max(CACHED // vocab_size, 1)
+    for start in range(0, hidden.shape[0], chunk_size):
+        rows = slice(start, start + chunk_size)
+        in_ce, in_kl = ce_mask[rows], kl_mask[rows]
+        h, h_teacher = zero_rows(hidden[rows], in_ce | in_kl), zero_rows(teacher_hidden[rows], in_kl)
+        target = torch.where(in_ce, labels[rows], 0)[:, None]
+        row_ce = in_ce.to(dtype) / num_tokens
+        row_kl = in_kl.to(dtype) / num_kl_tokens
+
+        z, z_teacher = h @ weight_shown.T, h_teacher @ teacher_weight.T  # [C, V]; then z becomes dloss/dz, block by block
+        for first in range(0, len(h), block_size):
+            block = slice(first, first + block_size)
+            of_ce, of_kl, dz = rows_of(z[block].to(dtype), z_teacher[block].to(dtype), target[block], row_ce[block], row_kl[block], need_grad)
+            ce += of_ce
+            kl += of_kl
+            if need_grad:
+                z[block] = dz
         if need_grad_hidden:
-            grad_hidden[rows] = dz @ weight_shown
+            grad_hidden[rows] = z @ weight_shown
         if need_grad_weight:
-            grad_weight[:vocab_size] += dz.T @ h
+            if h.dtype == grad_weight.dtype:
+                grad_weight[:vocab_size].addmm_(z.T, h)
+            else:
+                grad_weight[:vocab_size] += z.T @ h
 
     return ce_weight * ce + kl_weight * kl, ce, kl, grad_hidden, grad_weight.to(weight.dtype)

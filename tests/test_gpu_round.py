@@ -15,7 +15,7 @@ from benchmarks.gpu_round import Command
 
 def test_its_parts(tmp_path):
     names = [[command.name.split(" ")[0] for command in group] for group in gpu_round.first_parts(tmp_path, cpu=False)]
-    assert names == [["extension"], ["aot", *["tests"] * (len(names[1]) - 1)], ["benchmarks"], ["launches"]]
+    assert names == [["extension"], ["aot", *["tests"] * (len(names[1]) - 1)], ["benchmarks"], ["step"], ["launches"]]
     assert [group[-1].name for group in gpu_round.last_parts(tmp_path, tmp_path, cpu=False)] == ["demo"]  # no rows, so nothing to profile
     tests = [str(path) for path in gpu_round.test_files(cpu=False)]
     assert "tests/test_gpu.py" in tests and "tests/kernels/test_triton_tap_mse.py" in tests and "tests/kernels/test_aot.py" not in tests
