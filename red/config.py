@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from red.errors import REDError
+from red.launching import requested_sharding
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TAP_TARGETS = ("auto", "gather", "projected", "lrc")
@@ -68,6 +69,8 @@ class REDConfig(TrainingArguments):
     def __post_init__(self):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
+        self.sharding = requested_sharding(self.fsdp, self.fsdp_config)  # None: not sharded
+        self.fsdp = self.fsdp_config = None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
@@ -98,8 +101,11 @@ class REDConfig(TrainingArguments):
         require(self.temperature > 0, "temperature", "must be above 0")
         require(self.divergence in DIVERGENCES, "divergence", f"use one of {', '.join(DIVERGENCES)}")
         require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
-        require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
-        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        if self.sharding and self.world_size == 1:
+            raise REDError("fsdp shards over processes, and there is one. Start one per GPU: torchrun --nproc-per-node 8 …, or accelerate launch with "
+                           "configs/fsdp2.yaml; or leave fsdp out.")
+        require(not (self.sharding and self.erank_steps), "erank_steps", "one rank cannot run a sharded model; set erank_steps=0, or leave fsdp out")
+        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use fsdp=full_shard (see docs/distributed.md)")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):

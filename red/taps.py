@@ -124,10 +124,11 @@ class Taps:
             if self.target == "gather":
                 index = self.projections.channels.to(output.device)
             elif self.target == "lrc" and tap.name == "o":
-                output = linear(module_input, factor.teacher.to(output.dtype))
+                output = linear(module_input, factor.whole("teacher").to(output.dtype))
                 if factor.teacher_bias is not None:
-                    output = output + factor.teacher_bias.to(output.dtype)
+                    output = output + factor.whole("teacher_bias").to(output.dtype)
             else:
-                master = factor.master.detach() if self.detach_target else factor.master
+                master = factor.whole("master")
+                master = master.detach() if self.detach_target else master
                 target = linear(target.to(master.dtype), master)
         return tap_mse(output, target, self._mask, index=index, num_tokens=self._num_tokens)

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from red import losses
@@ -34,6 +34,7 @@ from red.files import atomic_write_safetensors
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.projections import Projections
 from red.rank_bonus import RankBonus
+from red.sharding import ShardedTraining, plain, whole_student
 from red.taps import Taps
 from red_kernels import linear_kd
 
@@ -44,7 +45,7 @@ TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
 logger = logging.get_logger(__name__)
 
 
-class REDTrainer(Trainer):
+class REDTrainer(ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
@@ -83,12 +84,16 @@ class REDTrainer(Trainer):
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
         bind_training_forward(self.student)
+        self.teacher_hash = model_hash(self.teacher)  # now, while the teacher is whole
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=kwargs.pop("data_collator", collate), **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
-                           "Use one GPU, or data parallel (torchrun).")
+            raise REDError("DeepSpeed owns the optimiser, and red's projections live beside it; so does an Accelerator with FSDP of your own. "
+                           "Use fsdp=full_shard, or accelerate launch with configs/fsdp2.yaml.")
         self._agree()
+        if args.sharding:
+            bind_training_forward(self.teacher)
+            self._shard(args.sharding)
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self._counts: losses.Counts | None = None
@@ -118,11 +123,12 @@ class REDTrainer(Trainer):
         inputs = for_attention(inputs, self.teacher.config)
         place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
         with torch.no_grad(), self.accelerator.autocast(), self._recording():
-            teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
+            teacher_hidden = self._teacher_hidden(place)
 
         padded = self.args.lrc_faithful  # the public code's taps count padding too
         with self._comparing(None if padded else inputs["token_mask"], counts.positions if padded else counts.tokens), self._watching():
             loss, ce, kl = model(**place, distil=functools.partial(self._kd, teacher_hidden, inputs["labels"], counts))
+        self._release_heads()
         tap = self.taps.loss() if self.taps else torch.zeros((), device=loss.device)
         loss = loss + self.args.tap_weight * tap
         if self.rank_bonus:  # a micro-batch weighs as many tokens as it has
@@ -195,7 +201,7 @@ class REDTrainer(Trainer):
 
     def _pull_back(self) -> None:
         """Once per step. What reached a master directly (LRC's undetached target) did so beside the data-parallel wrapper: average it here."""
-        if self.args.world_size > 1 and not self.projections.pulled:
+        if self.args.world_size > 1 and self.mesh is None and not self.projections.pulled:
             for master in self.projections.parameters():
                 if master.grad is not None:
                     master.grad = self.accelerator.reduce(master.grad, "mean")
@@ -203,12 +209,12 @@ class REDTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         self._pull_back()
-        return self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
+        return plain(self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm))
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
             self._pull_back()
-            grad_norm = nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None])
+            grad_norm = plain(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
         return grad_norm
 
     # ---- files ----
@@ -216,11 +222,12 @@ class REDTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """The plain student, and beside it the projections that rebuild it from the teacher."""
         super().save_model(output_dir, _internal_call)
+        masters = self.projections.state_dict(keep=self.args.should_save)
         if self.args.should_save:
-            facts = {"teacher_hash": model_hash(self.teacher)}
+            facts = {"teacher_hash": self.teacher_hash}
             if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
                 facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(), metadata=facts)
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, masters, metadata=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
@@ -241,16 +248,18 @@ class REDTrainer(Trainer):
         except SafetensorError as error:
             raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
         made_with = facts.get("teacher_hash")
-        if made_with not in (None, model_hash(self.teacher)):
-            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {model_hash(self.teacher)[:12]}). "
+        if made_with not in (None, self.teacher_hash):
+            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {self.teacher_hash[:12]}). "
                            "Resume with the same teacher, loaded in the same teacher_dtype.")
         if self.taps and TAP_WEIGHTS in facts:
             self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
         self.projections.load_state_dict(state)
 
     def export(self, output_dir, **kwargs):
-        """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`."""
-        return export(self.student, self.processing_class, output_dir, **kwargs)
+        """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,
+        and the first one writes; the others get None."""
+        student = self.student if self.mesh is None else whole_student(self.student, keep=self.is_world_process_zero())
+        return export(student, self.processing_class, output_dir, **kwargs) if self.is_world_process_zero() else None
 
 
 def bind_training_forward(student: PreTrainedModel) -> None:
