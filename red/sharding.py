@@ -77,8 +77,9 @@ def _local(parameter: nn.Parameter | None) -> Tensor | None:
 
 
 def distributed(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of a tensor that every rank holds; nothing is sent."""
-    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+    """This rank's rows of a tensor that every rank holds, in memory of their own; nothing is sent."""
+    rows = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+    return DTensor.from_local(rows.to_local().clone(), mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
@@ -156,11 +157,17 @@ def shard_optimizer_state(state: dict, parameters: Iterable[nn.Parameter]) -> di
     return {**state, "state": moments}
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a DTensor; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _whole(value, keep: bool):
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-        return value.cpu() if keep else None
-    return value
+    """On the CPU, None where not `keep`; what is no DTensor as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    value = value.full_tensor()  # one at a time on the device
+    return value.cpu() if keep else None
 
 
 class ShardedTraining(Trainer):
@@ -176,7 +183,7 @@ class ShardedTraining(Trainer):
         """After every rank has agreed on the start: shard teacher, student and projections, and tell accelerate that the student is ready."""
         self.mesh = init_device_mesh(self.args.device.type, (self.args.world_size,))
         shard_model(self.teacher, self.mesh)
-        shard_model(self.student, self.mesh, bf16=self.args.bf16, reshard_after_forward=sharding.reshard_after_forward)
+        shard_model(self.student, self.mesh, bf16=self.accelerator.mixed_precision == "bf16", reshard_after_forward=sharding.reshard_after_forward)
         shard_projections(self.projections, self.teacher, self.mesh)
         # as an evaluated model it gets its autocast and no DistributedDataParallel, and is not prepared again
         self.accelerator.prepare_model(self.student, device_placement=False, evaluation_mode=True)
@@ -230,8 +237,3 @@ class ShardedTraining(Trainer):
         masters = [master for group in self.optimizer.param_groups for master in group["params"]]
         self.optimizer.load_state_dict(shard_optimizer_state(state, masters))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """A gathered DTensor; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

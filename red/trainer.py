@@ -34,7 +34,7 @@ from red.files import atomic_write_safetensors
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections
 from red.projections import Projections
 from red.rank_bonus import RankBonus
-from red.sharding import ShardedTraining, plain, whole_student
+from red.sharding import ShardedTraining, gathered, is_sharded, whole_student
 from red.taps import Taps
 from red_kernels import linear_kd
 
@@ -49,7 +49,7 @@ class REDTrainer(ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
-        teacher: the frozen teacher; moved to the training device and set to eval mode.
+        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place and cannot be used for another run.
         args: a REDConfig.
         train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset.
         processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
@@ -69,6 +69,8 @@ class REDTrainer(ShardedTraining):
         if kwargs.get("optimizers", (None, None))[0] is not None:
             raise REDError("optimizers=... holds the student's weights, and red trains projections beside them, whose optimizer it makes itself. "
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
+        if is_sharded(teacher):
+            raise REDError("This teacher was sharded by an earlier trainer, and a start needs whole weights. Load it anew.")
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
         rows = [source if source is None else pack_rows(source, processing_class, teacher, args) for source in (train_dataset, eval_dataset)]
@@ -113,7 +115,7 @@ class REDTrainer(ShardedTraining):
 
     @property
     def student(self) -> PreTrainedModel:
-        """The plain Hugging Face model that is being trained."""
+        """The plain Hugging Face model that is being trained; with `fsdp` its parameters are DTensors."""
         return self.projections.student
 
     # ---- the objective ----
@@ -209,12 +211,12 @@ class REDTrainer(ShardedTraining):
 
     def _clip_grad_norm(self, model):
         self._pull_back()
-        return plain(self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm))
+        return gathered(self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm))
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
             self._pull_back()
-            grad_norm = plain(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
+            grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
         return grad_norm
 
     # ---- files ----
