@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from red.errors import REDError
+from red.launching import requested_sharding
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TAP_TARGETS = ("auto", "gather", "projected", "lrc")
@@ -80,6 +81,8 @@ class REDConfig(TrainingArguments):
         if self.checkpointing == "full":
             self.gradient_checkpointing = True
         own_copies = self.accelerator_config is None
+        self.sharding = requested_sharding(self.fsdp, self.fsdp_config)  # None: not sharded
+        self.fsdp = self.fsdp_config = None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
@@ -114,8 +117,12 @@ class REDConfig(TrainingArguments):
         require(self.temperature > 0, "temperature", "must be above 0")
         require(self.divergence in DIVERGENCES, "divergence", f"use one of {', '.join(DIVERGENCES)}")
         require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
-        require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
-        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        if self.sharding and self.world_size == 1:
+            raise REDError("fsdp shards over processes, and there is one. Start one per GPU: torchrun --nproc-per-node 8 …, or accelerate launch with "
+                           "configs/fsdp2.yaml; or leave fsdp out.")
+        require(not (self.sharding and self.erank_steps), "erank_steps", "one rank cannot run a sharded model; set erank_steps=0, or leave fsdp out")
+        require(not (self.sharding and self.compile_layers), "compile_layers", "compiled layers and sharded ones have not been brought together; leave fsdp or compile_layers out")
+        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use fsdp=full_shard (see docs/distributed.md)")
         require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
         require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
         require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")

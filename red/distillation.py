@@ -71,8 +71,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    if trainer.is_world_process_zero():
-        trainer.export(path)
+    trainer.export(path)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
 

@@ -40,6 +40,18 @@ class Factor:
     bias: nn.Parameter | None = None  # a writer's bias [d'] ...
     teacher_bias: Tensor | None = None  # ... and its teacher's [d]
 
+    def whole(self, name: str) -> Tensor | None:
+        """`master`, `teacher` or `teacher_bias`, all of it; what is sharded is gathered (`red.sharding`)."""
+        return getattr(self, name)
+
+    def saved(self, keep: bool = True) -> Tensor | None:
+        """The whole master, detached; what is sharded is gathered to the CPU where `keep`."""
+        return self.master.detach()
+
+    def load(self, value: Tensor) -> None:
+        """Overwrite the master with a whole tensor of its shape."""
+        self.master.copy_(value)
+
     def push(self) -> None:
         """Write the student's weight (and a writer's bias) from the master."""
         master = self.master.detach()
@@ -90,13 +102,17 @@ class Projections:
         self.student = student
         self.channels = start.channels  # [d'] int64 for selection starts, else None
         self.pulled = False
-        self.factors = _factors(teacher, student, start)
-        self._by_name = {factor.name: factor for factor in self.factors}
+        self.use(_factors(teacher, student, start))
         for factor in self.factors:  # a narrower student's gradients are summed over the micro-batches in the masters' dtype all the same
             for parameter in (factor.weight, factor.bias):
                 if parameter is not None and parameter.dtype != factor.master.dtype:
                     parameter.grad_dtype = factor.master.dtype
         self._write_first_weights()
+
+    def use(self, factors: list[Factor]) -> None:
+        """Take these factors, of the same student, in place of the present ones."""
+        self.factors = factors
+        self._by_name = {factor.name: factor for factor in factors}
 
     @torch.no_grad()
     def _write_first_weights(self) -> None:
@@ -150,9 +166,12 @@ class Projections:
                 factor.bias.grad = None
         self.pulled = False
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Masters by the student parameter's name, plus `channels` for selection starts; contiguous, detached, not copied."""
-        state = {factor.name: factor.master.detach() for factor in self.factors}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Masters by the student parameter's name, plus `channels` for selection starts; contiguous, detached, not copied.
+
+        Sharded ones are gathered one by one, to the CPU, so every rank calls it; `keep=False` where another rank wants them.
+        """
+        state = {factor.name: factor.saved(keep) for factor in self.factors}
         return state if self.channels is None else {**state, "channels": self.channels}
 
     @torch.no_grad()
@@ -169,7 +188,7 @@ class Projections:
                 raise REDError(f"Projection {factor.name} has shape {list(state[factor.name].shape)}, this student needs "
                                f"{list(factor.master.shape)}. Use the hidden_size that the projections were trained with.")
         for factor in self.factors:
-            factor.master.copy_(state[factor.name])
+            factor.load(state[factor.name])
         self.channels = channels
         self.push_forward()
 

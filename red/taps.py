@@ -142,7 +142,7 @@ class Taps:
         return self._is_projected(tap) and not self.detach_target
 
     def _projected(self, tap: families.Tap, target: Tensor) -> Tensor:
-        master = self.projections[f"{tap.path}.weight"].master
+        master = self.projections[f"{tap.path}.weight"].whole("master")
         return linear(target.to(master.dtype), master.detach() if self.detach_target else master)
 
     def _tap_loss(self, tap: families.Tap, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:
@@ -151,9 +151,9 @@ class Taps:
             index = self._channels(output.device)
         elif tap.writes and self.target == "lrc" and tap.name == "o":
             factor = self.projections[f"{tap.path}.weight"]
-            output = linear(module_input, factor.teacher.to(output.dtype))
+            output = linear(module_input, factor.whole("teacher").to(output.dtype))
             if factor.teacher_bias is not None:
-                output = output + factor.teacher_bias.to(output.dtype)
+                output = output + factor.whole("teacher_bias").to(output.dtype)
         elif self._trains_target(tap):
             target = self._projected(tap, target)
         return tap_mse(output, target, self._mask, index=index, num_tokens=self._num_tokens)

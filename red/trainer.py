@@ -20,7 +20,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from red import attention, checkpointing, losses
@@ -35,6 +35,7 @@ from red.files import atomic_write_safetensors
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
 from red.projections import Projections
 from red.rank_bonus import RankBonus
+from red.sharding import ShardedTraining, gathered, is_sharded, whole_student
 from red.streaming import StreamLoading, require_steps
 from red.taps import Taps
 from red_kernels import linear_kd
@@ -46,11 +47,11 @@ TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
 logger = logging.get_logger(__name__)
 
 
-class REDTrainer(StreamLoading, Trainer):
+class REDTrainer(StreamLoading, ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
-        teacher: the frozen teacher; moved to the training device and set to eval mode.
+        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place and cannot be used for another run.
         args: a REDConfig.
         train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset;
             with `streaming`, or as an IterableDataset, the training text is read as `red.streaming` says.
@@ -71,6 +72,8 @@ class REDTrainer(StreamLoading, Trainer):
         if kwargs.get("optimizers", (None, None))[0] is not None:
             raise REDError("optimizers=... holds the student's weights, and red trains projections beside them, whose optimizer it makes itself. "
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
+        if is_sharded(teacher):
+            raise REDError("This teacher was sharded by an earlier trainer, and a start needs whole weights. Load it anew.")
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
         rows = [source if source is None else read(source, processing_class, teacher, args)
@@ -91,12 +94,16 @@ class REDTrainer(StreamLoading, Trainer):
         self.compiled = CompiledLayers() if args.compile_layers else None
         checkpointing.enable(self.student, args.checkpointing)
         bind_training_forward(self.student)
+        self.teacher_hash = model_hash(self.teacher)  # now, while the teacher is whole
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
                          data_collator=attention.collate_with_starts(kwargs.pop("data_collator", collate)), **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
-                           "Use one GPU, or data parallel (torchrun).")
+            raise REDError("DeepSpeed owns the optimiser, and red's projections live beside it; so does an Accelerator with FSDP of your own. "
+                           "Use fsdp=full_shard, or accelerate launch with configs/fsdp2.yaml.")
         self._agree()
+        if args.sharding:
+            bind_training_forward(self.teacher)
+            self._shard(args.sharding)
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         self._counts: losses.Counts | None = None
@@ -116,7 +123,7 @@ class REDTrainer(StreamLoading, Trainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """The plain Hugging Face model that is being trained."""
+        """The plain Hugging Face model that is being trained; with `fsdp` its parameters are DTensors."""
         return self.projections.student
 
     # ---- the objective ----
@@ -127,11 +134,12 @@ class REDTrainer(StreamLoading, Trainer):
         inputs = for_attention(inputs, self.teacher.config)
         place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], **documents}
         with torch.no_grad(), self.accelerator.autocast(), self._recording():
-            teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
+            teacher_hidden = self._teacher_hidden(place)
 
         padded = self.args.lrc_faithful  # the public code's taps count padding too
         with self._comparing(None if padded else inputs["token_mask"], counts.positions if padded else counts.tokens), self._watching():
             loss, ce, kl = model(**place, distil=functools.partial(self._kd, teacher_hidden, inputs["labels"], counts))
+        self._release_heads()
         tap = self.taps.loss() if self.taps else torch.zeros((), device=loss.device)
         loss = loss + self.args.tap_weight * tap
         if self.rank_bonus:  # a micro-batch weighs as many tokens as it has
@@ -220,7 +228,7 @@ class REDTrainer(StreamLoading, Trainer):
 
     def _pull_back(self) -> None:
         """Once per step. What reached a master directly (LRC's undetached target) did so beside the data-parallel wrapper: average it here."""
-        if self.args.world_size > 1 and not self.projections.pulled:
+        if self.args.world_size > 1 and self.mesh is None and not self.projections.pulled:
             for master in self.projections.parameters():
                 if master.grad is not None:
                     master.grad = self.accelerator.reduce(master.grad, "mean")
@@ -228,12 +236,12 @@ class REDTrainer(StreamLoading, Trainer):
 
     def _clip_grad_norm(self, model):
         self._pull_back()
-        return self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
+        return gathered(self.accelerator.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm))
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
             self._pull_back()
-            grad_norm = nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None])
+            grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
         return grad_norm
 
     # ---- files ----
@@ -241,11 +249,12 @@ class REDTrainer(StreamLoading, Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """The plain student, and beside it the projections that rebuild it from the teacher."""
         super().save_model(output_dir, _internal_call)
+        masters = self.projections.state_dict(keep=self.args.should_save)
         if self.args.should_save:
-            facts = {"teacher_hash": model_hash(self.teacher)}
+            facts = {"teacher_hash": self.teacher_hash}
             if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
                 facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, self.projections.state_dict(), metadata=facts)
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, masters, metadata=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.load_stream(resume_from_checkpoint)
@@ -267,16 +276,18 @@ class REDTrainer(StreamLoading, Trainer):
         except SafetensorError as error:
             raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
         made_with = facts.get("teacher_hash")
-        if made_with not in (None, model_hash(self.teacher)):
-            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {model_hash(self.teacher)[:12]}). "
+        if made_with not in (None, self.teacher_hash):
+            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {self.teacher_hash[:12]}). "
                            "Resume with the same teacher, loaded in the same teacher_dtype.")
         if self.taps and TAP_WEIGHTS in facts:
             self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
         self.projections.load_state_dict(state)
 
     def export(self, output_dir, **kwargs):
-        """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`."""
-        return export(self.student, self.processing_class, output_dir, **kwargs)
+        """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,
+        and the first one writes; the others get None."""
+        student = self.student if self.mesh is None else whole_student(self.student, keep=self.is_world_process_zero())
+        return export(student, self.processing_class, output_dir, **kwargs) if self.is_world_process_zero() else None
 
 
 def bind_training_forward(student: PreTrainedModel) -> None:
