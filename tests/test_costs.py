@@ -155,7 +155,7 @@ def test_memory_near_the_budget_of_the_step():
     assert found.peak / 2**30 <= 48
 
 
-@pytest.mark.parametrize("vocabulary, tokens, width", [(128256, 6144, 1536), (151936, 4096, 1200), (32000, 300, 4096)])
+@pytest.mark.parametrize("vocabulary, tokens, width", [(128256, 6144, 1536), (151936, 4096, 1200), (32000, 300, 4096), (151936, 4096, 4096)])
 def test_the_losses_chunk_is_the_kernels(vocabulary, tokens, width):
     held = costs.FP32 * vocabulary * width // 2
     assert costs.LOSS_BUDGET == launch.LINEAR_KD_BYTES
