@@ -23,6 +23,7 @@ class REDConfig(TrainingArguments):
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: a name on the hub or a folder."})
     teacher_dtype: str = field(default="auto", metadata={"help": "Dtype the teacher is loaded in; auto is bfloat16 on a GPU, float32 on a CPU."})
+    student_dtype: str = field(default="auto", metadata={"help": "Dtype of the student's weights: float32, bfloat16, or auto, which is bfloat16 with bf16=True on one GPU. Projections, and the sum of the gradients, are float32 in every case."})
     hidden_size: int = field(default=0, metadata={"help": "The student's width d': a multiple of the number of attention heads, below the teacher's."})
     train_file: str | None = field(default=None, metadata={"help": "Training text: .txt, .jsonl or a saved datasets folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Training text: a data set on the hub (needs the `datasets` package)."})
@@ -30,6 +31,11 @@ class REDConfig(TrainingArguments):
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_length: int = field(default=2048, metadata={"help": "Tokens per training row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into one row; they never see each other."})
+
+    packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
+    checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
+    teacher_fp8: bool = field(default=False, metadata={"help": "Run the teacher's decoder layers in float8 (e4m3, scaled by row) in training steps; needs a GPU of compute capability 9.0. A CPU emulates it."})
+    compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
@@ -63,14 +69,20 @@ class REDConfig(TrainingArguments):
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logged mean; looks at the loss of every micro-batch, for which the GPU waits."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the packed rows carry a token mask."})
 
     def __post_init__(self):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
+        if self.checkpointing == "full":
+            self.gradient_checkpointing = True
+        own_copies = self.accelerator_config is None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
+        elif own_copies and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # else every batch that goes to the GPU waits for all that was queued before
         self.start = str(self.start)  # a Path of a start file
         if self.temperature is None:
             self.temperature = 40.0 if self.lrc_faithful else 1.0
@@ -82,6 +94,8 @@ class REDConfig(TrainingArguments):
             self.tap_detach = not self.lrc_faithful
         if self.lrc_faithful and self.tap_target == "auto":
             self.tap_target = "lrc"
+        if self.checkpointing == "none" and self.gradient_checkpointing:
+            self.checkpointing = "full"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
             kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name; older transformers lack one
@@ -100,6 +114,13 @@ class REDConfig(TrainingArguments):
         require(self.kl_reduction in ("token", "sequence"), "kl_reduction", "use token or sequence")
         require(not self.fsdp, "fsdp", "FSDP owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use one GPU, or data parallel (torchrun)")
+        require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
+        require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
+        require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")
+        require(self.checkpointing in ("none", "cheap", "full"), "checkpointing", "use none, cheap or full")
+        require(self.checkpointing != "cheap" or not self.gradient_checkpointing, "checkpointing", "gradient_checkpointing=True recomputes whole layers; drop one of them")
+        require(not (self.compile_layers and self.checkpointing != "none"), "compile_layers", f"compiled layers recompute what is cheap by themselves; drop checkpointing={self.checkpointing!r}")
+        require(not self.torch_compile, "torch_compile", "would compile the whole model and break at every tap; use compile_layers=True")
         require(self.tap_target in TAP_TARGETS, "tap_target", f"use one of {', '.join(TAP_TARGETS)}")
         require(0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1")
         for name in ("ce_weight", "kl_weight", "tap_weight", "erank_weight"):

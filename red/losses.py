@@ -40,9 +40,11 @@ def next_labels(labels: Tensor) -> Tensor:
 
 def count(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Counts:
     """The counts of all micro-batches of one optimiser step on this rank."""
-    totals = torch.zeros(4, dtype=torch.int64, device=device)
+    labelled = tokens = torch.zeros((), dtype=torch.int64, device=device)
+    positions = rows = 0
     for batch in batches:
-        labels = next_labels(batch["labels"])
-        found = [(labels != IGNORE).sum(), batch["token_mask"].sum(), labels.new_tensor(labels.numel()), labels.new_tensor(len(labels))]
-        totals += torch.stack(found).to(device)
-    return Counts(*totals.float().unbind())
+        labels = batch["labels"]
+        labelled = labelled + (next_labels(labels) != IGNORE).sum().to(device)
+        tokens = tokens + batch["token_mask"].sum().to(device)
+        positions, rows = positions + labels.numel(), rows + len(labels)
+    return Counts(labelled.float(), tokens.float(), *(torch.full((), float(number), device=device) for number in (positions, rows)))  # filled by the device

@@ -116,6 +116,16 @@ def start_projections(teacher: PreTrainedModel, config: REDConfig, calibration: 
     """
     check_request(teacher, config)
     maps = start_maps(teacher, config, calibration, batches, folder)
-    # fp32 parameters whatever the teacher's dtype: gradients then accumulate in fp32, and autocast computes in bf16
-    dtype = torch.promote_types(teacher.dtype, torch.float32)
-    return Projections(teacher, build_student(teacher, config.hidden_size, dtype=dtype), maps)
+    return Projections(teacher, build_student(teacher, config.hidden_size, dtype=student_dtype(teacher, config)), maps)
+
+
+def student_dtype(teacher: PreTrainedModel, config: REDConfig) -> torch.dtype:
+    """What the student's parameters are stored in. The masters and the sum of the gradients are float32 (float64 for a float64 teacher) in every case.
+
+    `auto` is bfloat16 where one GPU trains with bf16=True. DistributedDataParallel reduces gradients in the parameters' dtype, so several processes keep float32.
+    """
+    if config.student_dtype != "auto":
+        return getattr(torch, config.student_dtype)
+    if config.bf16 and config.device.type == "cuda" and config.world_size == 1:
+        return torch.bfloat16
+    return torch.promote_types(teacher.dtype, torch.float32)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from red import families
 from red.errors import REDError
+from red.precision import product
 from red.starts import StartMaps
 from red_kernels import gather_many
 
@@ -45,9 +46,9 @@ class Factor:
         if self.side == "gain":
             self.weight.copy_(master)
         elif self.side == "input":
-            self.weight.copy_(self.teacher.to(master.dtype) @ master)
+            self.weight.copy_(product(self.teacher, master))
         else:
-            self.weight.copy_(master @ self.teacher.to(master.dtype))
+            self.weight.copy_(product(master, self.teacher))
             if self.bias is not None:
                 self.bias.copy_(master @ self.teacher_bias.to(master.dtype))
 
@@ -69,8 +70,8 @@ class Factor:
         if self.side == "gain":
             return grad.clone()
         if self.side == "input":
-            return self.teacher.to(dtype).T @ grad
-        pulled = grad @ self.teacher.to(dtype).T
+            return product(self.teacher.T, grad).to(dtype)
+        pulled = product(grad, self.teacher.T).to(dtype)
         if self.bias is not None and self.bias.grad is not None:
             pulled += torch.outer(self.bias.grad.to(dtype), self.teacher_bias.to(dtype))
         return pulled
@@ -91,6 +92,10 @@ class Projections:
         self.pulled = False
         self.factors = _factors(teacher, student, start)
         self._by_name = {factor.name: factor for factor in self.factors}
+        for factor in self.factors:  # a narrower student's gradients are summed over the micro-batches in the masters' dtype all the same
+            for parameter in (factor.weight, factor.bias):
+                if parameter is not None and parameter.dtype != factor.master.dtype:
+                    parameter.grad_dtype = factor.master.dtype
         self._write_first_weights()
 
     @torch.no_grad()

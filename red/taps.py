@@ -10,22 +10,27 @@ outputs of `o` and `down` do not; what they are compared with is `target`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from red import families
+from red import checkpointing, families
 from red.config import TAP_TARGETS
 from red.errors import REDError
 from red.projections import Projections
 from red_kernels import tap_mse
 
+if TYPE_CHECKING:
+    from red.compiled import CompiledLayers
+
 
 class Taps:
-    """Hooks on all `7 L` tapped modules of a teacher and its student.
+    """Hooks on all `7 L` tapped modules of a teacher and its student, on them only while they are used.
 
     Args:
         target: one of TAP_TARGETS; "auto" is "gather" for selection starts and "projected" else.
@@ -51,20 +56,15 @@ class Taps:
             raise REDError("tap_target='gather' needs a start that selects channels, as 'activation' does. Use tap_target='projected'.")
         self.teacher, self.student, self.projections, self.target, self.detach_target = teacher, student, projections, target, detach_target
         self.mean_square = mean_square
-        self._mode, self._targets, self._losses = None, {}, {}
-        self._handles = [student.get_submodule(tap.path).register_forward_hook(self._compare(tap)) for tap in families.taps(student.config)]
-
-    def remove(self) -> None:
-        """Take the hooks off the student."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.compiled: CompiledLayers | None = None  # whose layers then report their taps themselves
+        self._mode, self._targets, self._losses, self._handles = None, {}, {}, []
+        self._copied: tuple[Tensor | None, Tensor | None] = None, None
 
     @contextmanager
     def recording(self):
-        """The teacher's hooks live only here: lasting ones would keep every student alive that was ever trained with this teacher."""
+        """The hooks live only here: lasting ones would keep every student alive that was ever trained with this teacher."""
         self._targets.clear()
-        handles = [self.teacher.get_submodule(tap.path).register_forward_hook(self._record(tap)) for tap in families.taps(self.teacher.config)]
+        handles = self._watch(self.teacher, self._record)
         try:
             yield
         finally:
@@ -74,22 +74,32 @@ class Taps:
     @contextmanager
     def comparing(self, mask: Tensor | None, num_tokens: Tensor | float | None):
         """mask [B, T] bool of the tokens that count; `num_tokens` the global count that divides (None: the local one)."""
+        self.release(targets=False)
         self._losses.clear()
         self._mask, self._num_tokens = mask, num_tokens
-        self._mode = "compare"
+        again = torch.is_grad_enabled() and checkpointing.recomputes(self.student)
+        self._mode = "compare and keep" if again else "compare"
+        self._handles = self._watch(self.student, self._compare)
         try:
             yield
         finally:
             self._mode = None
-        if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(self.student)):
+        if again:
             self._mode = "recompute"  # the backward pass runs each layer again, and must save what the hooks saved the first time
+            if checkpointing.keeps_taps(self.student):  # ... from results that are there: only the targets' shapes are looked at
+                self._targets = {tap: target if self._trains_target(tap) else target.new_empty(()).expand(target.shape)
+                                 for tap, target in self._targets.items()}
         else:
             self.release()
 
-    def release(self) -> None:
-        """Forget the targets that activation checkpointing kept for its backward pass."""
+    def release(self, targets: bool = True) -> None:
+        """Take the hooks off the student, and forget the targets that activation checkpointing kept for its backward pass."""
         self._mode = None
-        self._targets.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if targets:
+            self._targets.clear()
 
     def loss(self) -> Tensor:
         """The sum over layers and taps of the last comparison, fp32."""
@@ -97,37 +107,60 @@ class Taps:
         self._losses.clear()
         return total
 
-    def _record(self, tap: families.Tap):
-        def hook(_module, _args, output: Tensor) -> None:
-            self._targets[tap] = output.detach()
-        return hook
+    def _watch(self, model: PreTrainedModel, handler: Callable[[families.Tap, Tensor, Tensor], None]) -> list:
+        """Call `handler(tap, input, output)` for every tapped module; handles that end it."""
+        if self.compiled:
+            return [self.compiled.watch(model, handler)]
 
-    def _compare(self, tap: families.Tap):
-        name = f"{tap.path}.weight"
+        def hook(tap: families.Tap):
+            return lambda _module, args, output: handler(tap, args[0], output)
 
-        def hook(_module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._mode == "compare":
-                loss = self._tap_loss(tap, name, args[0], output, self._targets[tap])
-                self._losses[tap] = loss / self._square(tap)
-            elif self._mode == "recompute":
-                self._tap_loss(tap, name, args[0], output, self._targets.pop(tap))
-        return hook
+        return [model.get_submodule(tap.path).register_forward_hook(hook(tap)) for tap in families.taps(model.config)]
+
+    def _record(self, tap: families.Tap, _input: Tensor, output: Tensor) -> None:
+        target = output.detach()
+        if self._is_projected(tap) and not self._trains_target(tap):  # at once: it is narrower
+            target = self._projected(tap, target)
+        self._targets[tap] = target
+
+    def _compare(self, tap: families.Tap, module_input: Tensor, output: Tensor) -> None:
+        if self._mode is None:
+            return
+        target = self._targets[tap] if self._mode == "compare and keep" else self._targets.pop(tap)
+        loss = self._tap_loss(tap, module_input, output, target)
+        if self._mode != "recompute":
+            self._losses[tap] = loss / self._square(tap)
 
     def _square(self, tap: families.Tap) -> float:
         """What a tap's error is divided by."""
         return 1.0 if self.mean_square is None else float(self.mean_square[tap.layer, families.TAPS.index(tap.name)])
 
-    def _tap_loss(self, tap: families.Tap, name: str, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    def _is_projected(self, tap: families.Tap) -> bool:
+        return tap.writes and self.target != "gather" and not (self.target == "lrc" and tap.name == "o")
+
+    def _trains_target(self, tap: families.Tap) -> bool:
+        return self._is_projected(tap) and not self.detach_target
+
+    def _projected(self, tap: families.Tap, target: Tensor) -> Tensor:
+        master = self.projections[f"{tap.path}.weight"].master
+        return linear(target.to(master.dtype), master.detach() if self.detach_target else master)
+
+    def _tap_loss(self, tap: families.Tap, module_input: Tensor, output: Tensor, target: Tensor) -> Tensor:
         index = None
-        if tap.writes:
-            factor = self.projections[name]
-            if self.target == "gather":
-                index = self.projections.channels.to(output.device)
-            elif self.target == "lrc" and tap.name == "o":
-                output = linear(module_input, factor.teacher.to(output.dtype))
-                if factor.teacher_bias is not None:
-                    output = output + factor.teacher_bias.to(output.dtype)
-            else:
-                master = factor.master.detach() if self.detach_target else factor.master
-                target = linear(target.to(master.dtype), master)
+        if tap.writes and self.target == "gather":
+            index = self._channels(output.device)
+        elif tap.writes and self.target == "lrc" and tap.name == "o":
+            factor = self.projections[f"{tap.path}.weight"]
+            output = linear(module_input, factor.teacher.to(output.dtype))
+            if factor.teacher_bias is not None:
+                output = output + factor.teacher_bias.to(output.dtype)
+        elif self._trains_target(tap):
+            target = self._projected(tap, target)
         return tap_mse(output, target, self._mask, index=index, num_tokens=self._num_tokens)
+
+    def _channels(self, device: torch.device) -> Tensor:
+        """The student's channels, brought to the device once: a copy from the host would wait in every tap."""
+        channels = self.projections.channels
+        if self._copied[0] is not channels or self._copied[1].device != device:
+            self._copied = channels, channels.to(device)
+        return self._copied[1]

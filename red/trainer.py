@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from red import losses
+from red import attention, checkpointing, float8, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
+from red.compiled import CompiledLayers
 from red.config import REDConfig
 from red.data import collate, for_attention
 from red.errors import REDError
@@ -82,9 +83,14 @@ class REDTrainer(Trainer):
         self.taps = Taps(self.teacher, self.student, self.projections, target=args.tap_target, detach_target=args.tap_detach,
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
+        self.attention = attention.choose(args, self.teacher)
+        if args.teacher_fp8:
+            float8.check(self.teacher, args.device)
+        self.compiled = CompiledLayers() if args.compile_layers else None
+        checkpointing.enable(self.student, args.checkpointing)
         bind_training_forward(self.student)
         super().__init__(model=self.student, args=args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=processing_class,
-                         data_collator=kwargs.pop("data_collator", collate), **kwargs)
+                         data_collator=attention.collate_with_starts(kwargs.pop("data_collator", collate)), **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise REDError("DeepSpeed and FSDP own the optimiser, and red's projections live beside it; they are not supported yet. "
                            "Use one GPU, or data parallel (torchrun).")
@@ -95,7 +101,7 @@ class REDTrainer(Trainer):
         if args.erank_steps:
             held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
             self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
-        self._parts, self._parts_steps = torch.zeros(3), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
+        self._parts, self._parts_steps = torch.zeros(3, device=args.device), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
 
     def _agree(self) -> None:
         """Every rank goes on from rank 0's start: one of its own could differ in a bit, or in a channel, and drift from there."""
@@ -115,8 +121,9 @@ class REDTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = self._counts if model.training and self._counts is not None else losses.count([inputs], self.args.device)
+        documents = attention.arguments(inputs, self.teacher.config)
         inputs = for_attention(inputs, self.teacher.config)
-        place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
+        place = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], **documents}
         with torch.no_grad(), self.accelerator.autocast(), self._recording():
             teacher_hidden = self.teacher.model(**place, use_cache=False).last_hidden_state
 
@@ -148,12 +155,24 @@ class REDTrainer(Trainer):
     def _comparing(self, mask, num_tokens):
         return self.taps.comparing(mask, num_tokens) if self.taps else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def _within_a_step(self):
+        """What a step does to the models, and takes back after its backward."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention.packed(self.attention, self.teacher, self.student))
+            if self.args.teacher_fp8:
+                stack.enter_context(float8.layers(self.teacher))
+            if self.compiled:
+                stack.enter_context(self.compiled.running(self.teacher, self.student, self.taps))
+            yield
+
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
     def training_step(self, *args, **kwargs):
         try:
-            return super().training_step(*args, **kwargs)
+            with self._within_a_step():
+                return super().training_step(*args, **kwargs)
         finally:
             if self.taps:
                 self.taps.release()
@@ -169,7 +188,7 @@ class REDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), attention.packed(self.attention, self.teacher, self.student):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs, start_time=None):
@@ -177,7 +196,7 @@ class REDTrainer(Trainer):
         if "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
             logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / self._parts_steps).tolist(), strict=True))
-            self._parts, self._parts_steps = torch.zeros(3), 0
+            self._parts, self._parts_steps = torch.zeros_like(self._parts), 0
         super().log(logs, start_time)
 
     # ---- the step ----

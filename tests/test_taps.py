@@ -74,7 +74,7 @@ def test_every_tap_equals_the_captured_outputs(tiny_teacher, variant, target):
             expected = (ours - theirs).square().mean()
             taps = Taps(teacher, student, projections, target=option, mean_square=one_tap(layer, index))
             found = run(taps, teacher, student, batch, mask)
-            taps.remove()
+            taps.release()
             torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-10, atol=0, msg=f"{path}: {found} {expected}")
             assert expected > 1e-4
             total += float(expected.detach())
@@ -112,7 +112,7 @@ def test_detached_targets_train_no_projection(tiny_teacher):
 
 
 def test_hooks_sleep_outside_their_contexts(tiny_teacher):
-    """Other forward passes (generation, evaluation by the user) neither fail nor leave anything behind; `remove` takes all hooks off."""
+    """Other forward passes (generation, evaluation by the user) neither fail nor leave anything behind; no hook is left."""
     teacher = tiny_teacher()
     student, projections = pair(teacher)
     clean = [sum(len(module._forward_hooks) for module in model.modules()) for model in (teacher, student)]
@@ -123,7 +123,7 @@ def test_hooks_sleep_outside_their_contexts(tiny_teacher):
     student.generate(torch.randint(3, 64, (1, 4)), attention_mask=torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, do_sample=False)
     assert not taps._targets and not taps._losses, "targets and losses must not outlive their step"
     torch.testing.assert_close(run(taps, teacher, student, batch), first)
-    taps.remove()
+    taps.release()
     assert [sum(len(module._forward_hooks) for module in model.modules()) for model in (teacher, student)] == clean
 
 
