@@ -19,21 +19,24 @@ from transformers import PreTrainedModel
 
 from red import families
 from red.families import Tap
+from red.taps import Taps
 
 BACKEND = "inductor"
 
 
 class CompiledLayers:
-    """Use: `with compiled.running(teacher, student): ...` around a training step. Outside of it the models are as they were."""
+    """Use: `with compiled.running(teacher, student, taps): ...` around a training step. Outside of it the models are as they were."""
 
     def __init__(self):
         self._runs: dict[int, Callable] = {}  # by the model's id, a compiled function each
         self._models: dict[int, _Watched] = {}
 
     @contextmanager
-    def running(self, *models: PreTrainedModel) -> Iterator[None]:
-        handles = []
+    def running(self, teacher: PreTrainedModel, student: PreTrainedModel, taps: Taps | None) -> Iterator[None]:
+        models, handles = (teacher, student), []
         try:
+            if taps:
+                taps.compiled = self
             for model in models:
                 watched = self._models[id(model)] = _Watched(families.taps(model.config))
                 run = self._runs.setdefault(id(model), _compiled_forward())
@@ -42,6 +45,8 @@ class CompiledLayers:
                     layer.forward = _reporting(run, watched, layer, index)
             yield
         finally:
+            if taps:
+                taps.compiled = None
             self._models.clear()
             for handle in handles:
                 handle.remove()

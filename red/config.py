@@ -38,6 +38,7 @@ class REDConfig(TrainingArguments):
 
     packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
     checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
+    teacher_fp8: bool = field(default=False, metadata={"help": "Run the teacher's decoder layers in float8 (e4m3, scaled by row) in training steps; needs a GPU of compute capability 9.0. A CPU emulates it."})
     compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})

@@ -187,6 +187,11 @@ def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas
     )
 
 
+def start_bytes(teacher: Sizes, width: int) -> int:
+    """What each GPU of a sharded run holds before it shards: whole teacher, fp32 student and projections."""
+    return BF16 * teacher.parameters + FP32 * (teacher.narrowed(width).parameters + trainable(teacher, width))
+
+
 def tap_bytes(teacher: Sizes, width: int, tokens: int, checkpointing: str = "none", tap_target: str = "gather") -> int:
     """What the taps keep, bf16: differences from the student's outputs, each in its target's stead; under full checkpointing the targets themselves wait
     for the backward pass, those of the two writers at the teacher's width where they are gathered from it.

@@ -35,6 +35,8 @@ def report(it: Plan) -> str:
     ]
     if not fits(it.placements[-1].memory, gpu):
         lines.append(f"This micro-batch does not fit into {gpu.memory / GIB:.1f} GiB: use fewer rows, checkpointing, sharding over more GPUs, or a larger GPU.")
+    if it.placements[-1].shards > 1 and it.start_bytes > (1 - SPARE) * gpu.memory:
+        lines.append(f"It could not start: before it shards, each GPU holds whole weights, {it.start_bytes / GIB:.0f} GiB. Take a GPU that holds them.")
     return "\n".join(lines)
 
 

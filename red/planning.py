@@ -61,6 +61,11 @@ class Plan:
     settings: dict  # what was asked for
     placements: list[Placement]
 
+    @property
+    def start_bytes(self) -> int:
+        """On each GPU while a sharded run starts: it calibrates and starts its projections with whole weights."""
+        return costs.start_bytes(self.teacher, self.student.width)
+
     def to_dict(self) -> dict:
         """Everything, in numbers that JSON holds: parameters, bytes, FLOPs a token, seconds, hours."""
         def placed(it: Placement) -> dict:
@@ -69,6 +74,7 @@ class Plan:
                     "traffic": {**asdict(it.traffic), "bytes": it.traffic.bytes}, "tokens_per_second": it.tokens_per_second, "efficiency": it.efficiency}
 
         return {"teacher": self.name, "parameters": {"teacher": self.teacher.parameters, "student": self.student.parameters, "trainable": self.trainable},
+                "start_bytes": self.start_bytes,
                 "shape": {"teacher": asdict(self.teacher), "student": asdict(self.student)}, "gpu": asdict(self.gpu), "settings": self.settings,
                 "placements": [placed(it) for it in self.placements]}
 

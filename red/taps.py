@@ -79,6 +79,7 @@ class Taps:
         self._mask, self._num_tokens = mask, num_tokens
         again = torch.is_grad_enabled() and checkpointing.recomputes(self.student)
         self._mode = "compare and keep" if again else "compare"
+        self._shape_only = again and checkpointing.keeps_taps(self.student)  # ... from results that are there: only the targets' shapes are looked at again
         self._handles = self._watch(self.student, self._compare)
         try:
             yield
@@ -86,9 +87,6 @@ class Taps:
             self._mode = None
         if again:
             self._mode = "recompute"  # the backward pass runs each layer again, and must save what the hooks saved the first time
-            if checkpointing.keeps_taps(self.student):  # ... from results that are there: only the targets' shapes are looked at
-                self._targets = {tap: target if self._trains_target(tap) else target.new_empty(()).expand(target.shape)
-                                 for tap, target in self._targets.items()}
         else:
             self.release()
 
@@ -128,6 +126,8 @@ class Taps:
             return
         target = self._targets[tap] if self._mode == "compare and keep" else self._targets.pop(tap)
         loss = self._tap_loss(tap, module_input, output, target)
+        if self._mode == "compare and keep" and self._shape_only and not self._trains_target(tap):
+            self._targets[tap] = target.new_empty(()).expand(target.shape)  # beside its difference it would double the taps until the loss is done
         if self._mode != "recompute":
             self._losses[tap] = loss / self._square(tap)
 

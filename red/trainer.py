@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from red import attention, checkpointing, losses
+from red import attention, checkpointing, float8, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
 from red.compiled import CompiledLayers
@@ -91,6 +91,8 @@ class REDTrainer(StreamLoading, ShardedTraining):
                          mean_square=mean_square) if args.tap_weight else None
         self.rank_bonus = RankBonus(self.student, args.erank_weight) if args.erank_weight else None
         self.attention = attention.choose(args, self.teacher)
+        if args.teacher_fp8:
+            float8.check(self.teacher, args.device)
         self.compiled = CompiledLayers() if args.compile_layers else None
         checkpointing.enable(self.student, args.checkpointing)
         bind_training_forward(self.student)
@@ -166,26 +168,22 @@ class REDTrainer(StreamLoading, ShardedTraining):
         return self.taps.comparing(mask, num_tokens) if self.taps else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _compiling(self):
-        """The step's layers compiled; the taps then hear of their modules from these."""
-        if self.compiled is None:
+    def _within_a_step(self):
+        """What a step does to the models, and takes back after its backward."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention.packed(self.attention, self.teacher, self.student))
+            if self.args.teacher_fp8:
+                stack.enter_context(float8.layers(self.teacher))
+            if self.compiled:
+                stack.enter_context(self.compiled.running(self.teacher, self.student, self.taps))
             yield
-            return
-        with self.compiled.running(self.teacher, self.student):
-            if self.taps:
-                self.taps.compiled = self.compiled
-            try:
-                yield
-            finally:
-                if self.taps:
-                    self.taps.compiled = None
 
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
     def training_step(self, *args, **kwargs):
         try:
-            with attention.packed(self.attention, self.teacher, self.student), self._compiling():
+            with self._within_a_step():
                 return super().training_step(*args, **kwargs)
         finally:
             if self.taps:

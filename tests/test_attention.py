@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import masking_utils
 
-from red import attention
+from red import attention, checkpointing
 from red.config import REDConfig
 from red.data import collate, pack
 from red.errors import REDError
@@ -148,3 +148,27 @@ def test_the_kernel_takes_what_it_is_given():
     """Names of the installed torch; the loop above would take others."""
     names = list(inspect.signature(varlen_attn).parameters)
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and {"scale", "window_size"} <= set(names)
+
+
+def test_the_compiler_traces_the_real_kernel(tiny_teacher):
+    """A decoder layer with torch's own operator in one graph, in bfloat16; the operator itself needs a GPU, so the graph is not run."""
+    class Traced(Exception):
+        pass
+
+    def backend(graph, inputs):
+        operators = {str(node.target) for node in graph.graph.nodes}
+        assert any("_varlen_attn" in operator for operator in operators), operators
+        raise Traced
+
+    model, rows = tiny_teacher(dtype=torch.bfloat16), pack(tokenised(20), 24, pad_token_id=0)
+    batch = attention.collate_with_starts(collate)([rows[index] for index in range(3)])
+    torch._dynamo.reset()
+    layer = model.model.layers[0]
+    layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+    with attention.packed(attention.VARLEN, model), pytest.raises(Exception, match="Traced"):
+        model.model(batch["input_ids"], position_ids=batch["position_ids"], **attention.arguments(batch, model.config), use_cache=False)
+    torch._dynamo.reset()
+
+
+def test_checkpointing_keeps_its_result():
+    assert torch.ops.torch_attn._varlen_attn.default.name() in checkpointing.KEPT and torch.ops.red.tap_mse.default.name() in checkpointing.KEPT

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny_models import build_tiny_model
 from tiny_training import VARIANTS, make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from red import costs, starts
+from red import checkpointing, costs, starts
 from red.calibration import calibrate_batches
 from red.costs import Sizes
 from red.projections import Projections
@@ -95,12 +98,16 @@ def test_the_published_target_of_a_step():
 
 # ---- memory ----
 
-def forward(dtype: torch.dtype, family: str, checkpointing: bool = False):
-    """A forward pass of a student with taps, under autocast as the trainer runs it, and the bytes that autograd saved, parameters aside."""
+def forward(dtype: torch.dtype, family: str, kind: str = "none", watch=lambda parameters: nullcontext(), at_end=lambda alive: None):
+    """A forward pass of a student with taps, under autocast as the trainer runs it, and the bytes that autograd saved, parameters aside.
+
+    `at_end` is called where the trainer computes the loss.
+    """
     teacher = build_tiny_model(family, dtype=torch.bfloat16, **LARGER)
     projections = started(teacher, NARROW, dtype, start="activation")
     student, taps = projections.student.train(), Taps(teacher, projections.student, projections, target="gather")
-    if checkpointing:
+    checkpointing.enable(student, kind)
+    if kind == "full":
         student.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 64, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     parameters, saved = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}, {}
@@ -111,11 +118,12 @@ def forward(dtype: torch.dtype, family: str, checkpointing: bool = False):
             saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), watch([*teacher.parameters(), *student.parameters(), *projections.parameters()]) as alive:
         with taps.recording(), torch.no_grad():
             teacher.model(input_ids=ids, use_cache=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), taps.comparing(None, None):
             hidden = student.model(input_ids=ids, use_cache=False).last_hidden_state
+            at_end(alive)
     return Sizes.of(teacher.config), taps, hidden, sum(storage.nbytes() for storage in saved.values())
 
 
@@ -129,20 +137,33 @@ def test_saved_bytes_of_taps_and_activations(dtype, family):
     assert saved == pytest.approx(expected, rel=0.005)
 
 
-def test_full_checkpointing_keeps_the_layers_inputs_and_the_targets():
-    def alive() -> int:
-        gc.collect()
-        return sum({storage.data_ptr(): storage.nbytes() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.dtype == torch.bfloat16
-                    and thing.shape[:2] == (ROWS, LENGTH) for storage in [thing.untyped_storage()]}.values())
+class Alive(TorchDispatchMode):
+    """Bytes of storages that operators made while this was on and that still exist."""
 
-    before = alive()
-    sizes, taps, hidden, _ = forward(torch.bfloat16, "llama", checkpointing=True)
-    kept = alive() - before - hidden.untyped_storage().nbytes()
-    student = sizes.narrowed(NARROW)
-    whole = costs.activation_bytes(student, TOKENS, "full") - TOKENS * (costs.FP32 + costs.BF16) * NARROW
-    inputs = whole - (costs.activation_bytes(student, TOKENS) - TOKENS * (costs.FP32 + costs.BF16) * NARROW) // student.layers  # without the layer at work
-    assert kept == pytest.approx(inputs + costs.tap_bytes(sizes, NARROW, TOKENS, "full"), rel=0.03)
-    assert len(taps._targets) == 7 * 4
+    def __init__(self, except_for):
+        super().__init__()
+        self.old, self.made = {tensor.untyped_storage().data_ptr() for tensor in except_for}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.old:
+                self.made[storage._cdata] = storage._weak_ref(), storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        gc.collect()
+        return sum(size for storage, size in self.made.values() if not torch.UntypedStorage._expired(storage))
+
+
+@pytest.mark.parametrize("kind", ["none", "cheap", "full"])
+def test_what_is_alive_when_the_loss_is_computed(kind):
+    found = []
+    sizes, _, _, _ = forward(torch.bfloat16, "llama", kind, watch=Alive, at_end=lambda alive: found.append(alive.bytes()))
+    student, last = sizes.narrowed(NARROW), TOKENS * (costs.FP32 + costs.BF16) * NARROW
+    at_work = 0 if kind == "none" else (costs.activation_bytes(student, TOKENS) - last) // student.layers  # comes with the backward
+    expected = costs.activation_bytes(student, TOKENS, kind) - at_work + costs.tap_bytes(sizes, NARROW, TOKENS, kind)
+    assert found[0] == pytest.approx(expected, rel=0.03)
 
 
 def test_memory_near_the_budget_of_the_step():
@@ -155,7 +176,7 @@ def test_memory_near_the_budget_of_the_step():
     assert found.peak / 2**30 <= 48
 
 
-@pytest.mark.parametrize("vocabulary, tokens, width", [(128256, 6144, 1536), (151936, 4096, 1200), (32000, 300, 4096)])
+@pytest.mark.parametrize("vocabulary, tokens, width", [(128256, 6144, 1536), (151936, 4096, 1200), (32000, 300, 4096), (151936, 4096, 4096)])
 def test_the_losses_chunk_is_the_kernels(vocabulary, tokens, width):
     held = costs.FP32 * vocabulary * width // 2
     assert costs.LOSS_BUDGET == launch.LINEAR_KD_BYTES

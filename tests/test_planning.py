@@ -120,6 +120,9 @@ def test_the_command(tmp_path, capsys):
     assert found["placements"][0]["memory"]["peak"] / GIB == pytest.approx(53.1, abs=0.05) and found["placements"][0]["memory"]["fits"]
     assert main(["plan", "Llama-3.1-70B", "--hidden-size", "4096"]) == 0
     assert "does not fit into 79.6 GiB" in capsys.readouterr().out
+    assert main(["plan", "Llama-3.1-70B", "--hidden-size", "4096", "--gpu", "H200", "--gpus", "16", "--per_device_train_batch_size", "1", "--sync-each-batch"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" not in said and "It could not start: before it shards, each GPU holds whole weights, 333 GiB" in said
 
 
 def test_the_papers_runs():

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import scale
 from red.planning import config_of
-from red.costs import Sizes, memory, tap_bytes
+from red.costs import Sizes, memory, start_bytes, tap_bytes
 
 
 def test_the_page_is_up_to_date():
@@ -21,6 +21,7 @@ def test_figures_in_the_prose():
     sizes = Sizes.of(config_of(teacher))
     held = memory(sizes, width, 1)
     assert (held.teacher + held.student + held.gradients + held.projections + held.adam) / scale.GIB == pytest.approx(539, abs=1) and "over 530 GiB" in page
+    assert round(start_bytes(sizes, width) / scale.GIB) == 333 and "333 GiB here" in page
     assert tap_bytes(sizes, width, 1, "full") / 2**20 == pytest.approx(12.5, abs=0.5) and "about 12 MiB a token" in page
     assert memory(sizes, width, 1, shards=64).gathered / scale.GIB == pytest.approx(14, abs=0.5) and "14 GiB whatever" in page
     eight, thousand = (scale.last(*scale.SMALL, gpus, tap_target="gather").step_tokens for gpus in (8, 1000))
