@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from red.config import REDConfig
 from red.errors import REDError
+from red.families import head_dim
 
 try:
     from torch.nn.attention.varlen import varlen_attn as kernel
@@ -48,8 +49,6 @@ def choose(config: REDConfig, teacher: PreTrainedModel) -> str | None:
 
 def obstacle(config: REDConfig, model: PreTrainedConfig) -> str | None:
     """Why variable-length attention cannot be used; None if it can."""
-    from red.families import head_dim
-
     if kernel is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; it came with 2.10"
     if config.device.type != "cuda":

@@ -24,7 +24,6 @@ class REDConfig(TrainingArguments):
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: a name on the hub or a folder."})
     teacher_dtype: str = field(default="auto", metadata={"help": "Dtype the teacher is loaded in; auto is bfloat16 on a GPU, float32 on a CPU."})
-    student_dtype: str = field(default="auto", metadata={"help": "Dtype of the student's weights: float32, bfloat16, or auto, which is bfloat16 with bf16=True on one GPU. Projections, and the sum of the gradients, are float32 in every case."})
     hidden_size: int = field(default=0, metadata={"help": "The student's width d': a multiple of the number of attention heads, below the teacher's."})
     train_file: str | None = field(default=None, metadata={"help": "Training text: .txt, .jsonl or a saved datasets folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Training text: a data set on the hub (needs the `datasets` package)."})
@@ -35,11 +34,6 @@ class REDConfig(TrainingArguments):
     assistant_only_loss: bool = field(default=False, metadata={"help": "Of conversations (rows with messages), learn the assistant's turns only."})
     streaming: bool = field(default=False, metadata={"help": "Read, tokenise and pack the training text while training, instead of all of it before; needs max_steps."})
     token_cache_dir: str = field(default="auto", metadata={"help": "Where the tokens of large texts are kept for the next run; auto is red/tokens beside the Hugging Face cache, none keeps nothing."})
-
-    packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
-    checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
-    teacher_fp8: bool = field(default=False, metadata={"help": "Run the teacher's decoder layers in float8 (e4m3, scaled by row) in training steps; needs a GPU of compute capability 9.0. A CPU emulates it."})
-    compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
@@ -63,6 +57,12 @@ class REDConfig(TrainingArguments):
     lrc_faithful: bool = field(default=False, metadata={"help": "The public LRC objective: temperature=40, kl_reduction=sequence, tap_detach=false, tap_normalize=false, tap_target=lrc, and taps that count padding."})
     erank_weight: float = field(default=0.0, metadata={"help": "Reward for effective rank: the loss gets -erank_weight · mean over the student's layers of ln eRank (of 256 tokens a micro-batch); 0: none."})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at a time; 1024 on a CPU, what fits a GiB on a GPU."})
+
+    student_dtype: str = field(default="auto", metadata={"help": "Dtype of the student's weights: float32, bfloat16, or auto, which is bfloat16 with bf16=True on one GPU. Projections, and the sum of the gradients, are float32 in every case."})
+    packed_attention: str = field(default="auto", metadata={"help": "Attention of a training step: varlen (documents without a mask; needs a GPU and bf16=True), model (the model's own), or auto, which is varlen where it can be and the model's own is sdpa."})
+    checkpointing: str = field(default="none", metadata={"help": "What the backward computes again to save memory: none, cheap (norms, activations, rotary angles; no product), or full (whole layers, as gradient_checkpointing=True)."})
+    compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
+    teacher_fp8: bool = field(default=False, metadata={"help": "Run the teacher's decoder layers in float8 (e4m3, scaled by row) in training steps; needs a GPU of compute capability 9.0. A CPU emulates it."})
 
     erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none. A check took a fifth of a step on the embedded example: less than 1 % of the time from 20 up."})
     erank_floor: float = field(default=0.25, metadata={"help": "Share of the teacher's effective rank below which a check counts as collapsed."})

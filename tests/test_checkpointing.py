@@ -51,6 +51,7 @@ def step(teacher, folder, batch, **settings):
     alive = forward.alive()
     with Watch() as backward:
         loss.backward()
+    assert not trainer.taps._losses, "a layer that runs again must not count its taps again"
     grads = {name: weight.grad for name, weight in trainer.student.named_parameters() if weight.grad is not None}
     grads |= {f"master of {factor.name}": factor.master.grad for factor in trainer.projections if factor.master.grad is not None}
     parts = trainer._parts
