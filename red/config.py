@@ -122,7 +122,8 @@ class REDConfig(TrainingArguments):
             raise REDError("fsdp shards over processes, and there is one. Start one per GPU: torchrun --nproc-per-node 8 …, or accelerate launch with "
                            "configs/fsdp2.yaml; or leave fsdp out.")
         require(not (self.sharding and self.erank_steps), "erank_steps", "one rank cannot run a sharded model; set erank_steps=0, or leave fsdp out")
-        require(not (self.sharding and self.compile_layers), "compile_layers", "compiled layers and sharded ones have not been brought together; leave fsdp or compile_layers out")
+        for name in ("compile_layers", "teacher_fp8"):
+            require(not (self.sharding and getattr(self, name)), name, "has not been brought together with sharded layers; leave it or fsdp out")
         require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use fsdp=full_shard (see docs/distributed.md)")
         require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
         require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
