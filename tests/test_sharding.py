@@ -24,20 +24,20 @@ LLAMA = dict(family="llama", attention_bias=True, mlp_bias=True, intermediate_si
 QWEN = dict(family="qwen2", tied=True)
 EVERY_BATCH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 CASES = {  # (the teacher, settings of both, settings of the two sharded processes)
-    "selection": (LLAMA, dict(start="activation", max_grad_norm=0.5, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+    "selection": (LLAMA, dict(start="activation", erank_weight=0.1, max_grad_norm=0.5, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
                               metric_for_best_model="eval_loss", greater_is_better=True), {}),
     "dense": (QWEN, dict(start="random", tap_target="projected", max_grad_norm=0.0), dict(accelerator_config=EVERY_BATCH)),
     "faithful": (LLAMA, dict(start="random", lrc_faithful=True), {}),
     "checkpointed": (dict(family="qwen3"), dict(start="pca", gradient_checkpointing=True), dict(fsdp_config={"reshard_after_forward": False})),
 }
-STEPS = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, adam_epsilon=1e-3, lr_scheduler_type="linear")
+STEPS = dict(max_steps=4, save_strategy="steps", save_steps=2, adam_epsilon=1e-3, lr_scheduler_type="linear")
 
 
 def make(folder: Path, case: str, *, sharded: bool, callbacks=None):
-    """Four steps over 8 rows each in 2 micro-batches."""
+    """Four steps over the same 4 micro-batches of 2 rows: one process takes all, each of two takes 2."""
     model, settings, of_sharded = CASES[case]
     settings = copy.deepcopy({**STEPS, **settings, **({"fsdp": "full_shard", **of_sharded} if sharded else {})})  # Trainer writes into them
-    return make_trainer(build_tiny_model(**model), folder, tokenised(48), eval_data=tokenised(6, seed=3), per_device_train_batch_size=2 if sharded else 4,
+    return make_trainer(build_tiny_model(**model), folder, tokenised(48), eval_data=tokenised(6, seed=3), gradient_accumulation_steps=2 if sharded else 4,
                         callbacks=callbacks, **settings)
 
 
@@ -205,7 +205,7 @@ def test_from_two_to_one(two, one):
     shutil.copytree(two / "dense" / "checkpoint-2", two / "to-one" / "checkpoint-2")
     trainer = make(two / "to-one", "dense", sharded=False)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4 and len(trainer.seen) == 4, "two of four steps"
+    assert trainer.state.global_step == 4 and len(trainer.seen) == 2 * 4, "two of four steps"
     assert_equal(found(trainer), one["dense"][1])
     assert_near(masters(trainer), masters(one["dense"][0]))
 
