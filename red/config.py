@@ -70,7 +70,7 @@ class REDConfig(TrainingArguments):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
         self.sharding = requested_sharding(self.fsdp, self.fsdp_config)  # None: not sharded
-        self.fsdp = self.fsdp_config = None
+        self.fsdp = self.fsdp_config = None  # Trainer's FSDP would take the optimizer over, and on a CPU it is silently none
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none

@@ -49,7 +49,7 @@ class REDTrainer(ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
-        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place and cannot be used for another run.
+        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place, for this run alone.
         args: a REDConfig.
         train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset.
         processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
