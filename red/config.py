@@ -83,7 +83,7 @@ class REDConfig(TrainingArguments):
             self.gradient_checkpointing = True
         own_copies = self.accelerator_config is None
         self.sharding = requested_sharding(self.fsdp, self.fsdp_config)  # None: not sharded
-        self.fsdp = self.fsdp_config = None
+        self.fsdp = self.fsdp_config = None  # Trainer's FSDP would take the optimizer over, and on a CPU it is silently none
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none

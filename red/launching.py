@@ -1,4 +1,7 @@
-"""What the command line, or `accelerate launch`, asks about sharding. red shards by itself (`red.sharding`), so accelerate and transformers must not hear of it."""
+"""What the command line, or `accelerate launch`, asks about sharding.
+
+red shards by itself (`red.sharding`), so accelerate and transformers must not hear of it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ from red.errors import REDError
 
 LAUNCHED = "ACCELERATE_USE_FSDP"  # accelerate launch says by it that its config file has distributed_type: FSDP
 WORDS = {"true": None, "full_shard": True, "shard_grad_op": False, "auto_wrap": None}  # of `fsdp`: whether to reshard after the forward
-OPTIONS = ("version", "reshard_after_forward", "cpu_offload", "offload_params", "activation_checkpointing", "cpu_ram_efficient_loading",
-           "auto_wrap_policy", "transformer_layer_cls_to_wrap", "state_dict_type")  # of `fsdp_config`; the last three ask for what red does anyway
+REFUSED = {"cpu_offload": "take more GPUs", "offload_params": "take more GPUs",
+           "activation_checkpointing": "set gradient_checkpointing: true in red's own settings",
+           "cpu_ram_efficient_loading": "every rank starts from the teacher, so every rank reads it"}
+ANYWAY = ("auto_wrap_policy", "transformer_layer_cls_to_wrap", "state_dict_type")  # they ask for what red does without being asked
+OPTIONS = ("version", "reshard_after_forward", *REFUSED, *ANYWAY)  # of `fsdp_config`
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,9 @@ def requested_sharding(fsdp, fsdp_config: str | dict | None) -> Sharding | None:
         raise REDError(f"fsdp_config has {name!r}, which red does not know; it reads {', '.join(OPTIONS[:2])}. Leave it out.")
     if str(options.get("version", 2)) != "2":
         raise REDError(f"fsdp_version={options['version']}: red shards with FSDP2. Set fsdp_version: 2.")
-    for name, remedy in (("cpu_offload", "more GPUs"), ("offload_params", "more GPUs"), ("activation_checkpointing", "gradient_checkpointing: true in red's own settings"),
-                         ("cpu_ram_efficient_loading", "cpu_ram_efficient_loading: false, as every rank starts from the teacher")):
+    for name, remedy in REFUSED.items():
         if _true(options.get(name, False)):
-            raise REDError(f"fsdp_{name} is on, and red does not have it. Turn it off, and take {remedy}.")
+            raise REDError(f"fsdp_{name} is on, and red does not have it. Turn it off; {remedy}.")
     return Sharding(_true(options.get("reshard_after_forward", True)))
 
 

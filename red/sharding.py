@@ -153,7 +153,8 @@ def shard_optimizer_state(state: dict, parameters: Iterable[nn.Parameter]) -> di
     moments = {}
     for index, entry in state["state"].items():
         master = parameters[index]
-        moments[index] = {key: distributed(value.to(master.device), master.device_mesh) if value.shape == master.shape else value for key, value in entry.items()}
+        moments[index] = {key: value if value.shape != master.shape else distributed(value.to(master.device), master.device_mesh)
+                          for key, value in entry.items()}
     return {**state, "state": moments}
 
 

@@ -51,7 +51,7 @@ class REDTrainer(StreamLoading, ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
-        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place and cannot be used for another run.
+        teacher: the frozen teacher; moved to the training device and set to eval mode. With `fsdp` it is sharded in place, for this run alone.
         args: a REDConfig.
         train_dataset, eval_dataset: what `red.data.load_examples` reads (a path, a Dataset, texts or tokenised examples), or a PackedDataset;
             with `streaming`, or as an IterableDataset, the training text is read as `red.streaming` says.

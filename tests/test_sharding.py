@@ -18,27 +18,29 @@ from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer, masters, settings_of, tokenised
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from red.errors import REDError
+
 TESTS = Path(__file__).parent
 KEYS = ("loss", "grad_norm", "ce", "kl", "tap_mse")
 LLAMA = dict(family="llama", attention_bias=True, mlp_bias=True, intermediate_size=47, vocab_size=65)  # odd widths: one rank has more rows
 QWEN = dict(family="qwen2", tied=True)
 EVERY_BATCH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+BEST = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
 CASES = {  # (the teacher, settings of both, settings of the two sharded processes)
-    "selection": (LLAMA, dict(start="activation", max_grad_norm=0.5, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-                              metric_for_best_model="eval_loss", greater_is_better=True), {}),
+    "selection": (LLAMA, dict(start="activation", erank_weight=0.1, max_grad_norm=0.5, **BEST), {}),
     "dense": (QWEN, dict(start="random", tap_target="projected", max_grad_norm=0.0), dict(accelerator_config=EVERY_BATCH)),
     "faithful": (LLAMA, dict(start="random", lrc_faithful=True), {}),
     "checkpointed": (dict(family="qwen3"), dict(start="pca", gradient_checkpointing=True), dict(fsdp_config={"reshard_after_forward": False})),
 }
-STEPS = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, adam_epsilon=1e-3, lr_scheduler_type="linear")
+STEPS = dict(max_steps=4, save_strategy="steps", save_steps=2, adam_epsilon=1e-3, lr_scheduler_type="linear")
 
 
 def make(folder: Path, case: str, *, sharded: bool, callbacks=None):
-    """Four steps over 8 rows each in 2 micro-batches."""
+    """Four steps over the same 4 micro-batches of 2 rows: one process takes all, each of two takes 2."""
     model, settings, of_sharded = CASES[case]
     settings = copy.deepcopy({**STEPS, **settings, **({"fsdp": "full_shard", **of_sharded} if sharded else {})})  # Trainer writes into them
-    return make_trainer(build_tiny_model(**model), folder, tokenised(48), eval_data=tokenised(6, seed=3), per_device_train_batch_size=2 if sharded else 4,
-                        callbacks=callbacks, **settings)
+    return make_trainer(build_tiny_model(**model), folder, tokenised(48), eval_data=tokenised(6, seed=3), callbacks=callbacks,
+                        gradient_accumulation_steps=2 if sharded else 4, **settings)
 
 
 def found(trainer) -> dict:
@@ -61,6 +63,8 @@ def main(folder: str) -> None:
     resumed = make(folder / "from-one", "dense", sharded=True)
     resumed.train(resume_from_checkpoint=True)
     report(resumed, folder / "resumed.json", rank)
+    with pytest.raises(REDError, match="sharded by an earlier trainer.*Load it anew"):
+        make_trainer(resumed.teacher, folder / "again")
     torch.distributed.destroy_process_group()
 
 
@@ -70,7 +74,8 @@ def distil_as_launched(folder: Path) -> None:
 
     said = launch_environment("fsdp2")
     os.environ.update(said)
-    settings = {**settings_of(folder / "run", max_steps=2, save_strategy="steps", save_steps=2), "teacher_model_name_or_path": folder / "teacher", "train_file": folder / "corpus.txt"}
+    settings = {**settings_of(folder / "run", max_steps=2, save_strategy="steps", save_steps=2), "teacher_model_name_or_path": folder / "teacher",
+                "train_file": folder / "corpus.txt"}
     assert red(["distill", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     assert os.environ["ACCELERATE_USE_FSDP"] == "true", "what accelerate said is left as it was"
     for name in said:
@@ -156,8 +161,8 @@ def two(tmp_path_factory, one):
     build_tiny_tokenizer().save_pretrained(folder / "teacher")
     (folder / "corpus.txt").write_text("\n".join(f"w{4 + line % 60} w{4 + line * 7 % 60} w{4 + line * 11 % 60} w5" for line in range(80)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)], env=environment,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
+                          env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -196,7 +201,8 @@ def test_checkpoints_are_those_of_one_process(two, one, case):
     assert states[0]["param_groups"] == states[1]["param_groups"] and states[0]["state"].keys() == states[1]["state"].keys()
     for index, moments in states[1]["state"].items():
         of_two = states[0]["state"][index]
-        assert all(type(of_two[key]) is torch.Tensor and torch.allclose(of_two[key], value, rtol=1e-4, atol=1e-6) for key, value in moments.items()), index
+        for key, value in moments.items():
+            assert type(of_two[key]) is torch.Tensor and torch.allclose(of_two[key], value, rtol=1e-4, atol=1e-6), (index, key)
     assert json.loads((folder / "config.json").read_text()) == json.loads((other / "config.json").read_text())
 
 
@@ -205,7 +211,7 @@ def test_from_two_to_one(two, one):
     shutil.copytree(two / "dense" / "checkpoint-2", two / "to-one" / "checkpoint-2")
     trainer = make(two / "to-one", "dense", sharded=False)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4 and len(trainer.seen) == 4, "two of four steps"
+    assert trainer.state.global_step == 4 and len(trainer.seen) == 2 * 4, "two of four steps"
     assert_equal(found(trainer), one["dense"][1])
     assert_near(masters(trainer), masters(one["dense"][0]))
 
