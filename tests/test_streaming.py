@@ -103,6 +103,22 @@ def test_every_source_streams_the_rows_that_packing_everything_gives(tmp_path, t
         assert equal(stream.first(5), whole[:5]), "whatever was read before"
 
 
+@pytest.mark.parametrize("name, content, expected", [
+    ("lines.txt", "a\nbé\n\nccc\r\nd", ["a", "bé", "ccc", "d"]),
+    ("lines.jsonl", '"a"\n\n{"b": 1}\n"ccc"', ["a", {"b": 1}, "ccc"]),
+    ("paragraphs.txt", "\n\na\nb\n\n \n\nccc\r\n\r\nd\ne\n", ["a\nb", "ccc", "d\ne"]),
+    ("one.txt", "a\nb\n\n", ["a", "b"]),
+])
+def test_a_document_belongs_to_one_block_wherever_the_blocks_are_cut(tmp_path, tiny_tokenizer, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    source = FileSource(tmp_path / name, tiny_tokenizer)
+    source.paragraphs = name == "paragraphs.txt"
+    for size in range(1, len(content.encode()) + 2):
+        source.bytes = size
+        found = [document for block in range(-(-source.size // size)) for document in source.documents(block)]
+        assert [document.strip() if isinstance(document, str) else document for document in found] == expected, size
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "hub"])
 def test_workers_change_nothing(tmp_path, tiny_tokenizer, name):
     source = sources(tmp_path, words(450))[name]
