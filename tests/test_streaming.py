@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import make_trainer, masters
-from transformers import TrainerCallback
 
 from red.data import load_examples, pack, save_examples
 from red.errors import REDError
-from red.prepare import calibration_batches
 from red.stream_sources import FileSource
-from red.streaming import STREAM_FILE, PackedStream
+from red.streaming import PackedStream
 
 LENGTH = 16
-TESTS = Path(__file__).parent
 
 
 class Counted:
@@ -101,6 +93,22 @@ def test_every_source_streams_the_rows_that_packing_everything_gives(tmp_path, t
         assert place.number == 1, "a stream begins again at its end"
         assert documents(rows)[len(documents(whole)):][:9] == documents(whole)[:9]
         assert equal(stream.first(5), whole[:5]), "whatever was read before"
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("lines.txt", "a\nbé\n\nccc\r\nd", ["a", "bé", "ccc", "d"]),
+    ("lines.jsonl", '"a"\n\n{"b": 1}\n"ccc"', ["a", {"b": 1}, "ccc"]),
+    ("paragraphs.txt", "\n\na\nb\n\n \n\nccc\r\n\r\nd\ne\n", ["a\nb", "ccc", "d\ne"]),
+    ("one.txt", "a\nb\n\n", ["a", "b"]),
+])
+def test_a_document_belongs_to_one_block_wherever_the_blocks_are_cut(tmp_path, tiny_tokenizer, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    source = FileSource(tmp_path / name, tiny_tokenizer)
+    source.paragraphs = name == "paragraphs.txt"
+    for size in range(1, len(content.encode()) + 2):
+        source.bytes = size
+        found = [document for block in range(-(-source.size // size)) for document in source.documents(block)]
+        assert [document.strip() if isinstance(document, str) else document for document in found] == expected, size
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "hub"])
@@ -193,97 +201,6 @@ def test_a_resumed_file_is_read_from_there_on(tmp_path, tiny_tokenizer, monkeypa
     assert state["source"]["examples_iterable"]["shard_example_idx"] == place.block * 64
 
 
-# ---- in training ----
-
-SETTINGS = dict(max_steps=6, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, streaming=True)
-
-
-class Interrupt(TrainerCallback):
-    """Ends the process' training like Ctrl-C, in the middle of step 5."""
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-
-
-def ids_file(path, count: int = 700):
-    """Documents that are tokenised already: a trainer of them needs no tokenizer."""
-    rows = [[4 + int(digit) for digit in f"{number:05d}"] + [14 + number % 50] * (number % 10) for number in range(count)]
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_bit_for_bit_without_reading_again(tiny_teacher, tmp_path, monkeypatch, workers):
-    """Interrupted two steps after a checkpoint: the resumed run sees the micro-batches that an undisturbed one sees, and ends in the same weights."""
-    path, touched, real = ids_file(tmp_path / "rows.jsonl"), [], FileSource.documents
-    monkeypatch.setattr(FileSource, "documents", lambda self, block: (touched.append(block), real(self, block))[1])
-
-    def trainer(folder: str, callbacks=None):
-        return make_trainer(tiny_teacher(attention_dropout=0.1), tmp_path / folder, path, callbacks=callbacks, dataloader_num_workers=workers, **SETTINGS)
-
-    whole = trainer("whole")
-    whole.train()
-    assert len(whole.seen) == 12 and all(set(batch) == {"input_ids", "labels", "position_ids", "token_mask"} for batch in whole.seen)
-    (calibration,) = calibration_batches(whole.train_dataset, 4)
-    for key, value in calibration.items():
-        assert torch.equal(value, torch.cat([whole.seen[0][key], whole.seen[1][key]])), "what is calibrated on is trained on too"
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer("broken", [Interrupt()]).train()
-    torch.manual_seed(99)
-    resumed = trainer("broken")
-    touched.clear()
-    resumed.train(resume_from_checkpoint=True)
-    assert len(resumed.seen) == 6 and all(torch.equal(mine[key], other[key]) for mine, other in zip(resumed.seen, whole.seen[6:], strict=True) for key in other)
-    for name, value in masters(whole).items():
-        assert torch.equal(masters(resumed)[name], value), name
-    (layout,) = json.loads((tmp_path / "broken" / "checkpoint-3" / STREAM_FILE).read_text())["layouts"]
-    if not workers:  # else it is they who read
-        assert touched == list(range(layout[0][1], touched[-1] + 1))
-
-
-def test_a_data_set_that_streams(tiny_teacher, tmp_path):
-    """An IterableDataset is streamed without being asked to, and with what datasets does to it."""
-    datasets = pytest.importorskip("datasets")
-    ids_file(tmp_path / "rows.jsonl")
-    data = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
-    data = data.filter(lambda row: len(row["input_ids"]) > 6).shuffle(seed=0, buffer_size=50)
-    trainer = make_trainer(tiny_teacher(), tmp_path / "run", data, max_steps=3)
-    trainer.train()
-    assert isinstance(trainer.train_dataset, PackedStream) and len({tuple(batch["input_ids"][0].tolist()) for batch in trainer.seen}) == 3
-
-
-def two_processes(folder: str) -> None:
-    """What each of two processes runs: 3 steps, and what it saw."""
-    from tiny_models import build_tiny_model
-
-    trainer = make_trainer(build_tiny_model(), f"{folder}/run", f"{folder}/rows.jsonl", **{**SETTINGS, "max_steps": 3})
-    trainer.train()
-    torch.save(trainer.seen, f"{folder}/seen-{trainer.args.process_index}.pt")
-
-
-def test_two_processes_stream_and_one_goes_on(tiny_teacher, tmp_path):
-    ids_file(tmp_path / "rows.jsonl")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert len(json.loads((checkpoint / STREAM_FILE).read_text())["layouts"][0]) == 2
-    resumed = make_trainer(tiny_teacher(), tmp_path / "run", tmp_path / "rows.jsonl", **SETTINGS)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    batches = [batch for rank in (0, 1) for batch in torch.load(tmp_path / f"seen-{rank}.pt")] + resumed.seen
-    assert len(batches) == 3 * 2 * 2 + 3 * 2
-    seen = documents([{key: value[row] for key, value in batch.items()} for batch in batches for row in range(2)])
-    whole = documents(resumed.train_dataset.first(10**6))
-    assert len(seen) == len(set(seen)), "no document twice"
-    ours = [piece for rank in (0, 1) for piece in documents([{key: value[row] for key, value in batch.items()}
-                                                             for batch in torch.load(tmp_path / f"seen-{rank}.pt") for row in range(2)])]
-    reached = max(whole.index(piece) for piece in documents([{key: value[row] for key, value in batch.items()} for batch in resumed.seen for row in range(2)]))
-    assert set(whole[:reached]) - set(ours) <= set(seen), "and what lay between the two is read first"
-
-
 # ---- what is refused ----
 
 @pytest.mark.parametrize("source, message", [
@@ -320,24 +237,3 @@ def test_what_a_file_that_streams_must_be(tmp_path, tiny_tokenizer):
     with pytest.raises(REDError, match="tokenised by another tokenizer"):
         stream_of(path, other)
     assert documents(stream_of(path, tiny_tokenizer).first(9)) == [(5, 2)]
-
-
-def test_settings_that_do_not_go_with_a_stream(tiny_teacher, tmp_path):
-    path = ids_file(tmp_path / "rows.jsonl")
-    with pytest.raises(REDError, match="max_steps=-1. Set max_steps"):
-        make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, max_steps=-1)
-    with pytest.raises(REDError, match="packing=False pads"):
-        make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, packing=False)
-    make_trainer(tiny_teacher(), tmp_path / "run", path, **{**SETTINGS, "max_steps": 3}).train()
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-    with path.open("a") as file:
-        file.write('{"input_ids": [5, 6]}\n')
-    with pytest.raises(REDError, match="reading another stream: bytes was"):
-        make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / STREAM_FILE).unlink()
-    with pytest.raises(REDError, match="that run did not stream its text"):
-        make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
-
-
-if __name__ == "__main__":
-    two_processes(sys.argv[1])
