@@ -75,7 +75,10 @@ LADDER = [
     Rung("+ bf16 student", "no fp32 weights to cast in every micro-step, and a bf16 residual stream; gradients still add up in fp32", dict(student_dtype="bfloat16"), gpu=True),
     Rung("+ split products", "pull-back and push-forward as two bf16 products instead of one in fp32", gpu=True, split_products=True),
     Rung("+ compiled layers", "norms, rotary embedding, activation and residual additions in one pass each", dict(compile_layers=True), gpu=True),
-    Rung("least memory", "two rows instead of three, and norms, activations and rotary embeddings computed again in the backward pass", dict(compile_layers=False, checkpointing="cheap"), rows=2, gpu=True, apart=True),
+    Rung("least memory", "two rows instead of three, and every layer computed again in the backward pass", dict(compile_layers=False, checkpointing="full"),
+         rows=2, gpu=True, apart=True),
+    Rung("cheap recomputation", "two rows; norms, activations and rotary embeddings computed again, no product", dict(compile_layers=False, checkpointing="cheap"),
+         rows=2, gpu=True, apart=True),
 ]  # fmt: skip
 
 
