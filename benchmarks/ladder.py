@@ -93,9 +93,9 @@ class Setup:
     why_not: str | None  # why it is left out
 
 
-def setups(gpu: bool) -> list[Setup]:
-    """Every rung of the ladder on a GPU or a CPU; what a rung below could not turn on stays off above it."""
-    known = {one.name for one in dataclasses.fields(REDConfig)}
+def setups(gpu: bool, complete: bool = False) -> list[Setup]:
+    """Every rung of the ladder on a GPU or a CPU; what a rung below could not turn on stays off above it. `complete`: as if nothing were missing."""
+    known = {one.name for one in dataclasses.fields(REDConfig)} | ({name for rung in LADDER for name in rung.settings} if complete else set())
     found, settings, environment, split = [], {}, {}, False
     for rung in LADDER:
         missing = [name for name in rung.settings if name not in known]
@@ -108,6 +108,7 @@ def setups(gpu: bool) -> list[Setup]:
             why_not = "red has no split products"
         elif rung.settings.get("packed_attention") == "varlen" and not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             why_not = f"torch {torch.__version__} has no varlen attention"
+        why_not = None if complete else why_not
         on = {name: value for name, value in rung.settings.items() if name in known}
         here = Setup(rung, settings | on, environment | rung.environment, split or rung.split_products, why_not)
         found.append(here)

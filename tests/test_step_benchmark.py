@@ -11,7 +11,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import ladder, step, watch
+from benchmarks import ladder, step, step_documents, watch
+from benchmarks.lrc_step import LRCStep
+from benchmarks.step_forecast import forecast, peer_flops
+from red import costs
 from red.config import REDConfig
 
 
@@ -162,3 +165,40 @@ def test_the_rows_of_pytest_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["how"] == "wall, in turn" and row["notes"] == [] and row["ratios"]["eager LRC"] > 0.2 and row["flops"] == 128 * 2170880
+
+
+def test_the_forecast():
+    """Each rung is faster than the one it stands on, the parts add up, and the peer's FLOPs are those that torch counts in its step."""
+    size = ladder.SIZES["llama-3.2-3b"]
+    found = {setup.rung.name: forecast(setup, size) for setup in ladder.setups(gpu=True, complete=True)}
+    climbing = [found[setup.rung.name] for setup in ladder.setups(gpu=True, complete=True) if not setup.rung.apart and not setup.rung.peer]
+    speeds = [one.tokens_per_second for one in climbing]
+    assert speeds == sorted(set(speeds)) and found["least memory"].peak_gib < 40
+    top = found["+ compiled layers"]
+    assert top.tokens_per_second == pytest.approx(49152 / (8 * top.micro + top.update)) and top.products == pytest.approx(16.06e9 * 6144 / (0.75 * 798e12), rel=0.01)
+
+
+def test_the_peers_flops_are_those_of_its_step(tiny_teacher):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    teacher = tiny_teacher(attn_implementation="eager")
+    ids = torch.randint(3, 64, (2, 16))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16).repeat(2, 1)}
+    peer = LRCStep(teacher, 16)
+    with FlopCounterMode(display=False) as counter:
+        peer.micro_step(batch)
+    sizes = costs.Sizes.of(teacher.config)
+    attention = 32 * 2 * 4 * sizes.query * 16 * (1 + 3)  # whole rows, forward of both and the student's backward, which costs twice its forward
+    assert counter.get_total_flops() - attention == pytest.approx(32 * peer_flops(sizes, sizes.narrowed(16), 32), rel=2e-2)
+
+
+def test_the_page_is_current():
+    page = step_documents.PAGE.read_text()
+    assert page == step_documents.filled(page), "run python benchmarks/step_documents.py"
+
+
+def test_the_tables_take_measurements():
+    row = {"rung": "+ compiled layers", "status": "measured", "tokens_per_second": 26_000.0, "mfu": 0.561, "memory": {"device_gib": 45.2}}
+    text = step_documents.ladder({"rows": [row, {"rung": "red, plain", "status": "out of memory"}], "device": "a GPU", "versions": {"torch": "2"}, "commit": "abc"})
+    line = next(line for line in text.splitlines() if line.startswith("| + compiled"))
+    assert line.endswith("| 26000 | 56 % | 45.2 |") and "| out of memory |" in text and "Measured on a GPU, torch 2, commit abc." in text and "| not measured |" in text
