@@ -106,7 +106,7 @@ def setups(gpu: bool, complete: bool = False) -> list[Setup]:
             why_not = f"REDConfig has no {', '.join(missing)}"
         elif rung.split_products and importlib.util.find_spec("red.precision") is None:
             why_not = "red has no split products"
-        elif rung.settings.get("packed_attention") == "varlen" and not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        elif rung.settings.get("packed_attention") == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             why_not = f"torch {torch.__version__} has no varlen attention"
         why_not = None if complete else why_not
         on = {name: value for name, value in rung.settings.items() if name in known}
