@@ -75,7 +75,10 @@ LADDER = [
     Rung("+ bf16 student", "no fp32 weights to cast in every micro-step, and a bf16 residual stream; gradients still add up in fp32", dict(student_dtype="bfloat16"), gpu=True),
     Rung("+ split products", "pull-back and push-forward as two bf16 products instead of one in fp32", gpu=True, split_products=True),
     Rung("+ compiled layers", "norms, rotary embedding, activation and residual additions in one pass each", dict(compile_layers=True), gpu=True),
-    Rung("least memory", "two rows instead of three, and norms, activations and rotary embeddings computed again in the backward pass", dict(compile_layers=False, checkpointing="cheap"), rows=2, gpu=True, apart=True),
+    Rung("least memory", "two rows instead of three, and every layer computed again in the backward pass", dict(compile_layers=False, checkpointing="full"),
+         rows=2, gpu=True, apart=True),
+    Rung("cheap recomputation", "two rows; norms, activations and rotary embeddings computed again, no product", dict(compile_layers=False, checkpointing="cheap"),
+         rows=2, gpu=True, apart=True),
 ]  # fmt: skip
 
 
@@ -90,9 +93,9 @@ class Setup:
     why_not: str | None  # why it is left out
 
 
-def setups(gpu: bool) -> list[Setup]:
-    """Every rung of the ladder on a GPU or a CPU; what a rung below could not turn on stays off above it."""
-    known = {one.name for one in dataclasses.fields(REDConfig)}
+def setups(gpu: bool, complete: bool = False) -> list[Setup]:
+    """Every rung of the ladder on a GPU or a CPU; what a rung below could not turn on stays off above it. `complete`: as if nothing were missing."""
+    known = {one.name for one in dataclasses.fields(REDConfig)} | ({name for rung in LADDER for name in rung.settings} if complete else set())
     found, settings, environment, split = [], {}, {}, False
     for rung in LADDER:
         missing = [name for name in rung.settings if name not in known]
@@ -103,8 +106,9 @@ def setups(gpu: bool) -> list[Setup]:
             why_not = f"REDConfig has no {', '.join(missing)}"
         elif rung.split_products and importlib.util.find_spec("red.precision") is None:
             why_not = "red has no split products"
-        elif rung.settings.get("packed_attention") == "varlen" and not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        elif rung.settings.get("packed_attention") == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             why_not = f"torch {torch.__version__} has no varlen attention"
+        why_not = None if complete else why_not
         on = {name: value for name, value in rung.settings.items() if name in known}
         here = Setup(rung, settings | on, environment | rung.environment, split or rung.split_products, why_not)
         found.append(here)

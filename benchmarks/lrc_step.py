@@ -37,41 +37,42 @@ class Projected(nn.Module):
 
     def __init__(self, source: nn.Module, shape: tuple[int, int]):
         super().__init__()
-        object.__setattr__(self, "source", source)  # not registered: the teacher's weights are neither trained nor saved here
+        bias = getattr(source, "bias", None)
+        self.weight, self.bias = source.weight.detach(), None if bias is None else bias.detach()  # the teacher's, frozen: plain tensors
         self.projection = nn.Parameter(torch.empty(shape, device=source.weight.device, dtype=torch.promote_types(source.weight.dtype, torch.float32)).normal_(0, STD))
         self.out: Tensor | None = None
 
-    def apply_bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else self.projection @ bias.to(self.projection.dtype)
+    def projected_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.projection @ self.bias.to(self.projection.dtype)
 
 
 class Chained(Projected):
     def forward(self, x: Tensor) -> Tensor:
-        self.out = F.linear(F.linear(x, self.projection), self.source.weight, self.source.bias)
+        self.out = F.linear(F.linear(x, self.projection), self.weight, self.bias)
         return self.out
 
 
 class Merged(Projected):
     def forward(self, x: Tensor) -> Tensor:
-        self.out = F.linear(x, matmul(self.source.weight, self.projection), getattr(self.source, "bias", None))
+        self.out = F.linear(x, matmul(self.weight, self.projection), self.bias)
         return self.out
 
 
 class AttentionOut(Projected):
     def forward(self, x: Tensor) -> Tensor:
-        self.out = F.linear(x, self.source.weight, self.source.bias)  # at the teacher's width
+        self.out = F.linear(x, self.weight, self.bias)  # at the teacher's width
         return F.linear(self.out, self.projection)
 
 
 class FFNOut(Projected):
     def forward(self, x: Tensor) -> Tensor:
-        self.out = F.linear(x, matmul(self.projection, self.source.weight), self.apply_bias(self.source.bias))
+        self.out = F.linear(x, matmul(self.projection, self.weight), self.projected_bias())
         return self.out
 
 
 class Embedded(Projected):
     def forward(self, ids: Tensor) -> Tensor:
-        return matmul(F.embedding(ids, self.source.weight), self.projection)
+        return matmul(F.embedding(ids, self.weight), self.projection)
 
 
 class TiedHead(nn.Module):
@@ -82,7 +83,7 @@ class TiedHead(nn.Module):
         object.__setattr__(self, "embedded", embedded)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, matmul(self.embedded.source.weight, self.embedded.projection))
+        return F.linear(x, matmul(self.embedded.weight, self.embedded.projection))
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
