@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, distill, compress, erank, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
   red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
+  red eval       a student beside its teacher: tasks, divergence, speed and memory
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """
 
@@ -25,6 +26,7 @@ examples:
   red demo
   red distill --teacher_model_name_or_path path/to/teacher --train_file corpus.txt --hidden_size 1536 --output_dir run
   red erank path/to/teacher run/student --data held_out.txt
+  red eval run/student --against path/to/teacher --data held_out.txt
   red export run/checkpoint-500 --out student --dtype bfloat16
 
 `red COMMAND -h` explains one command. Bad input ends with one message and exit code 2, and nothing overwritten.
@@ -147,6 +149,12 @@ def erank(options: argparse.Namespace) -> None:
     report(options.models, options.data, text_column=options.text_column, max_tokens=options.max_tokens, output=options.output, plot=options.plot)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    from red.judge.command import run
+
+    run(options)
+
+
 def export(options: argparse.Namespace) -> None:
     from red.files import require_empty_output
 
@@ -262,6 +270,10 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "max_tokens", type=int, default=4000, metavar="N", help="tokens whose states are counted [4000]")
     added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
     option(added, "plot", metavar="PATH", help="draw them here, as SVG")
+
+    from red.judge import command as judging  # its options; nothing heavy
+
+    judging.add_options(command(evaluate, "eval", "student beside teacher", judging.DESCRIPTION))
 
     added = command(export, "export", "checkpoint -> plain model", "Write the student of a training checkpoint as a plain Hugging Face model; optimiser state and projections\n"
                     "stay behind. It is reloaded in a fresh process and its logits compared before it appears at PATH.\n\n"
