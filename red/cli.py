@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, plan, erank, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, distill, compress, plan, erank, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -108,6 +108,12 @@ def erank(options: argparse.Namespace) -> None:
     from red.erank_report import report
 
     report(options.models, options.data, text_column=options.text_column, max_tokens=options.max_tokens, output=options.output, plot=options.plot)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from red.judge.command import run
+
+    run(options)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -221,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "max_tokens", type=int, default=4000, metavar="N", help="tokens whose states are counted [4000]")
     added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
     option(added, "plot", metavar="PATH", help="draw them here, as SVG")
+
+    from red.judge import command as judging  # its options; nothing heavy
+
+    judging.add_options(command(evaluate, "eval", "student beside teacher", judging.DESCRIPTION))
 
     added = command(export, "export", "checkpoint -> plain model", "Write the student of a training checkpoint as a plain Hugging Face model; optimiser state and projections\n"
                     "stay behind. It is reloaded in a fresh process and its logits compared before it appears at PATH.\n\n"

@@ -12,6 +12,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red plan       what that will need: memory by part, FLOPs, hours, the micro-batch that fits; arithmetic alone
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
+  red eval       a student beside its teacher: tasks, divergence, speed and memory
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """
 
@@ -20,6 +21,7 @@ examples:
   red demo
   red distill --teacher_model_name_or_path path/to/teacher --train_file corpus.txt --hidden_size 1536 --output_dir run
   red erank path/to/teacher run/student --data held_out.txt
+  red eval run/student --against path/to/teacher --data held_out.txt
   red export run/checkpoint-500 --out student --dtype bfloat16
 
 `red COMMAND -h` explains one command. Bad input ends with one message and exit code 2, and nothing overwritten.
