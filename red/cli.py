@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from red.cli_help import COMPRESS, DESCRIPTION, DISTILL, EXAMPLES, PLAN, DistillHelp
-from red.errors import REDError
+from red.errors import REDError, Terminated
 from red.files import HALF_LAYERS, START_FILE, require_existing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except REDError as error:
         print(f"red: {error}", file=sys.stderr)
         return 2
+    except Terminated as stop:
+        return stop.code  # the trainer said what it saved
     except KeyboardInterrupt:
         print(f"\nred: interrupted. {_kept(options)}", file=sys.stderr)
         return 130
@@ -191,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(distill, "distill", "teacher + text -> student", DISTILL, add_help=False, usage="red distill [--config FILE] [--setting value ...]")
     added.add_argument("-h", "--help", action=DistillHelp, nargs=0, help="show this and every setting")
     option(added, "config", metavar="FILE", help="YAML file of settings")
-    option(added, "resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    option(added, "resume", nargs="?", const=True, default=False, metavar="CHECKPOINT", help="go on from the last checkpoint in output_dir, or from the one that is named")
     option(added, "eval_file", metavar="FILE", help="held-out text; its loss is reported")
     option(added, "calibration", metavar="FILE", help="channel statistics that red.calibrate(...).save wrote [taken on the training text]")
 

@@ -73,7 +73,8 @@ class REDConfig(TrainingArguments):
     warmup_steps: float = field(default=0.005, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logged mean; looks at the loss of every micro-batch, for which the GPU waits."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row whose loss or gradient may be NaN or infinite; they are skipped, and the last of them ends the run."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave False: such steps are skipped and counted, and the filter makes the host wait for every micro-batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the packed rows carry a token mask."})
 
     def __post_init__(self):
@@ -140,6 +141,7 @@ class REDConfig(TrainingArguments):
         require(self.erank_steps >= 0, "erank_steps", "must not be negative; 0 turns the checks off")
         require(0 < self.erank_floor < 1, "erank_floor", "must lie between 0 and 1")
         require(self.erank_patience >= 1, "erank_patience", "must be at least 1")
+        require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1, which ends the run at the first such step")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")

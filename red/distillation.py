@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from red.calibration import Calibration
+from red.checkpoint_folders import SAVING, checkpoints
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
-from red.files import STARTS, require_empty_output
+from red.files import STARTS, require_empty_output, require_existing
 from red.prepare import load_teacher
 from red.settings import build_config
 from red.trainer import REDTrainer
@@ -30,7 +30,7 @@ class DistillResult:
 
 def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
             eval_data=None, calibration: Calibration | str | Path | None = None, config: REDConfig | None = None, callbacks=None,
-            resume: bool = False, **settings) -> DistillResult:
+            resume: bool | str | Path = False, **settings) -> DistillResult:
     """Distil `teacher` into a student of width `hidden_size` and export it to `output_dir/student`.
 
     Args:
@@ -40,10 +40,11 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         tokenizer: the teacher's; loaded beside it if None.
         calibration: a Calibration or its file; None calibrates on the first training rows.
         config: a REDConfig; or give its fields as keyword `settings`, never both.
-        resume: go on from the last checkpoint in `output_dir`.
+        resume: True goes on from the last checkpoint in `output_dir` that is whole; a path from that checkpoint.
 
     Raises:
-        REDError: bad input, before any training and before anything is written.
+        REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `REDTrainer.train`.
+        Terminated: SIGTERM during the training; the checkpoint is saved and nothing exported. It is a SystemExit with code 143.
 
     Example:
         red.distill("teacher", "corpus.txt", hidden_size=1536, output_dir="run", start="activation", max_steps=1000)
@@ -58,17 +59,19 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
                        "(or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=STARTS)  # an interrupted fit goes on
-    elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
+        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING))  # an interrupted fit goes on, and a first save that was cut short is nothing
+    elif resume is True and not checkpoints(config.output_dir):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
+        if resume is not True:
+            require_existing(resume, "The checkpoint")
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
                          calibration=calibration, callbacks=callbacks)
-    metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
     trainer.export(path)

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import math
 import types
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -26,28 +23,29 @@ from transformers.utils import logging
 from red import attention, checkpointing, float8, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
+from red.checkpoints import Checkpoints, RoomForCheckpoints
 from red.compiled import CompiledLayers
 from red.config import REDConfig
 from red.data import collate, for_attention
-from red.errors import REDError
+from red.errors import REDError, Terminated
 from red.export import export
-from red.files import atomic_write_safetensors
+from red.guard import StepGuard
+from red.memory_advice import explained
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
 from red.projections import Projections
 from red.rank_bonus import RankBonus
 from red.sharding import ShardedTraining, gathered, is_sharded, whole_student
 from red.streaming import StreamLoading, require_steps
 from red.taps import Taps
+from red.termination import Termination
 from red_kernels import linear_kd
 
-PROJECTIONS_FILE = "projections.safetensors"
 TAP_FLOOR = 1e-6  # of the mean over all taps
-TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
 
 logger = logging.get_logger(__name__)
 
 
-class REDTrainer(StreamLoading, ShardedTraining):
+class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
     """Distil a teacher into a student of width `args.hidden_size`.
 
     Args:
@@ -112,7 +110,9 @@ class REDTrainer(StreamLoading, ShardedTraining):
         if args.erank_steps:
             held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
             self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
-        self._parts, self._parts_steps = torch.zeros(3, device=args.device), 0  # sums of ce, kl and tap_mse since the last log, and the steps they are of
+        self.guard, self.termination = StepGuard(self, args.max_skipped_steps), Termination()
+        for callback in (self.guard, self.termination, RoomForCheckpoints(self.projections)):
+            self.add_callback(callback)
 
     def _agree(self) -> None:
         """Every rank goes on from rank 0's start: one of its own could differ in a bit, or in a channel, and drift from there."""
@@ -147,7 +147,7 @@ class REDTrainer(StreamLoading, ShardedTraining):
         if self.rank_bonus:  # a micro-batch weighs as many tokens as it has
             loss = loss + self.rank_bonus.loss(inputs["token_mask"]) * inputs["token_mask"].sum() / counts.tokens
         if model.training:
-            self._parts = self._parts.to(loss.device) + torch.stack([ce, kl, tap.detach()]).float()
+            self.guard.record(inputs, torch.stack([ce, kl, tap.detach(), loss.detach()]).float())
         return (loss, None) if return_outputs else loss
 
     def _kd(self, teacher_hidden: Tensor, labels: Tensor, counts: losses.Counts, hidden: Tensor, head: Tensor):
@@ -181,6 +181,22 @@ class REDTrainer(StreamLoading, ShardedTraining):
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trainer's. `resume_from_checkpoint=True` takes the last checkpoint of output_dir that is whole, a path that one.
+
+        Raises:
+            REDError: nothing to resume from; too many steps in a row that are not finite; the disk is full; out of memory, with what to lower.
+            Terminated: on SIGTERM, once the step is finished and its checkpoint saved; exits with 143 unless caught.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        with explained(self), self.termination.listening():
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.termination.agreed:
+            message = f"SIGTERM: saved {self.args.output_dir}/checkpoint-{self.state.global_step}. Go on with resume (red distill --resume)."
+            logger.warning(message)
+            raise Terminated(message)
+        return result
+
     def training_step(self, *args, **kwargs):
         try:
             with self._within_a_step():
@@ -194,7 +210,6 @@ class REDTrainer(StreamLoading, ShardedTraining):
         counts = losses.count(batch_samples, device).stacked()
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
-        self._parts_steps += 1
         self._counts = losses.Counts(*counts.clamp(min=1e-6).unbind())
         return self._counts.labels
 
@@ -204,11 +219,17 @@ class REDTrainer(StreamLoading, ShardedTraining):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs, start_time=None):
-        """Adds the parts of the loss: means over the steps since the last log."""
-        if "loss" in logs and self._parts_steps:
-            parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
-            logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / self._parts_steps).tolist(), strict=True))
-            self._parts, self._parts_steps = torch.zeros_like(self._parts), 0
+        """Adds the parts of the loss: means over the steps since the last log that were taken; and, once there are any, those dropped since the start."""
+        if "loss" in logs:
+            guard = self.guard
+            if guard.taken:
+                parts = self.accelerator.reduce(guard.sums, "mean") if self.args.world_size > 1 else guard.sums
+                logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / guard.taken).tolist(), strict=True))
+                logs["loss"] *= (guard.taken + guard.dropped) / guard.taken  # Trainer divided by all steps
+            if guard.skipped:  # trackers stumble over NaN
+                logs = {name: value for name, value in logs.items() if math.isfinite(value) and (name != "loss" or guard.taken)}
+                logs["skipped_steps"] = guard.skipped
+            guard.forget_sums()
         super().log(logs, start_time)
 
     # ---- the step ----
@@ -240,46 +261,8 @@ class REDTrainer(StreamLoading, ShardedTraining):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
             self._pull_back()
             grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
+        self.guard.judge(grad_norm)
         return grad_norm
-
-    # ---- files ----
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """The plain student, and beside it the projections that rebuild it from the teacher."""
-        super().save_model(output_dir, _internal_call)
-        masters = self.projections.state_dict(keep=self.args.should_save)
-        if self.args.should_save:
-            facts = {"teacher_hash": self.teacher_hash}
-            if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
-                facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, masters, metadata=facts)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.load_stream(resume_from_checkpoint)
-        self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        self._load_projections(self.state.best_model_checkpoint)
-
-    def _load_projections(self, folder) -> None:
-        path = Path(folder) / PROJECTIONS_FILE
-        if not path.is_file():
-            raise REDError(f"{folder} has no {PROJECTIONS_FILE}: it is not a checkpoint of a REDTrainer. "
-                           "Resume from a checkpoint-N folder that red wrote.")
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-            state = load_file(path)
-        except SafetensorError as error:
-            raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
-        made_with = facts.get("teacher_hash")
-        if made_with not in (None, self.teacher_hash):
-            raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {self.teacher_hash[:12]}). "
-                           "Resume with the same teacher, loaded in the same teacher_dtype.")
-        if self.taps and TAP_WEIGHTS in facts:
-            self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
-        self.projections.load_state_dict(state)
 
     def export(self, output_dir, **kwargs):
         """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,

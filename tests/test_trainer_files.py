@@ -12,10 +12,11 @@ from tiny_training import VARIANTS, make_trainer, masters, tokenised
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from red import starts
+from red.checkpoint_folders import MANIFEST
+from red.checkpoints import PROJECTIONS_FILE
 from red.errors import REDError
 from red.projections import Projections
 from red.student import build_student
-from red.trainer import PROJECTIONS_FILE
 
 
 class Interrupt(TrainerCallback):
@@ -134,7 +135,7 @@ def test_a_checkpoint_without_projections_is_refused(tiny_teacher, tmp_path):
     trainer.train()
     (tmp_path / "checkpoint-4" / PROJECTIONS_FILE).unlink()
     with pytest.raises(REDError, match="checkpoint-4 has no projections.safetensors"):
-        make_trainer(tiny_teacher(), tmp_path).train(resume_from_checkpoint=True)
+        make_trainer(tiny_teacher(), tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
 
 
 def test_a_checkpoint_of_another_width_is_refused(tiny_teacher, tmp_path):
@@ -154,8 +155,9 @@ def test_a_torn_checkpoint_is_refused(tiny_teacher, tmp_path):
     make_trainer(tiny_teacher(), tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     path = tmp_path / "checkpoint-2" / PROJECTIONS_FILE
     path.write_bytes(path.read_bytes()[:-100])
+    (path.parent / MANIFEST).unlink()  # with one, the file is not even opened: test_checkpoints.py
     with pytest.raises(REDError, match="projections.safetensors cannot be read.*older checkpoint"):
-        make_trainer(tiny_teacher(), tmp_path).train(resume_from_checkpoint=True)
+        make_trainer(tiny_teacher(), tmp_path).train(resume_from_checkpoint=str(path.parent))
 
 
 def test_resume_goes_on_with_the_same_channels_and_tap_weights(tiny_teacher, tmp_path):

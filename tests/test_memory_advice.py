@@ -1,0 +1,73 @@
+"""Out of memory: the message has the shapes, where the bytes go, and what to lower; the bytes are those that are really there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_training import RecordingTrainer, make_trainer
+from torch.autograd.graph import saved_tensors_hooks
+
+from red import memory_advice
+from red.checkpoints import in_gib
+from red.errors import REDError
+
+TEACHER = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=4, vocab_size=256)
+SETTINGS = dict(hidden_size=64, max_length=64, per_device_train_batch_size=4, max_steps=1, loss_chunk_size=128)
+
+
+class Full(RecordingTrainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("settings", "told", "untold"), [
+    (dict(per_device_train_batch_size=4, gradient_accumulation_steps=3), ["per_device_train_batch_size=2 with gradient_accumulation_steps=6", "gradient_checkpointing=True", "bf16=True", "loss_chunk_size=1024"], []),
+    (dict(per_device_train_batch_size=1, gradient_checkpointing=True, bf16=True, loss_chunk_size=256), ["max_length below 16", "loss_chunk_size below 256"],
+     ["per_device_train_batch_size=", "gradient_checkpointing=True", "bf16=True"])], ids=["everything to lower", "little left"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_message(tiny_teacher, tmp_path, settings, told, untold):
+    trainer = make_trainer(tiny_teacher(), tmp_path, trainer_class=Full, save_strategy="steps", save_steps=1, **settings)
+    with pytest.raises(REDError, match="Out of memory at step 3: .* rows of 16 tokens, teacher of 2 layers of width 32, student of width 16, vocabulary 64.*CUDA out of memory") as raised:
+        trainer.train()
+    message = str(raised.value)
+    assert all(text in message for text in told) and not any(text in message.partition("Lower,")[2] for text in untold)
+    for name, size in memory_advice.parts(trainer).items():
+        assert not size or f"{name} {in_gib(size)}" in message
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    assert (tmp_path / "checkpoint-2" / "manifest.json").is_file()
+
+
+def count(tensors) -> int:
+    """Bytes of the storages, each once."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_bytes_are_there(tiny_teacher, tmp_path, family):
+    """Standing parts exactly; the taps' targets and what backward has saved, beyond parameters and the teacher's outputs, within a tenth."""
+    found = {}
+
+    class Looking(RecordingTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            kept = []
+            with saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+                loss = super().compute_loss(model, inputs, **kwargs)
+            parameters = {p.untyped_storage().data_ptr() for p in [*self.teacher.parameters(), *self.student.parameters()]}
+            found["saved"] = count(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in parameters)
+            found["tokens"] = inputs["input_ids"].numel()
+            return loss
+
+    data = [{"input_ids": torch.randint(3, 256, (64,)).tolist()} for _ in range(24)]
+    trainer = make_trainer(tiny_teacher(family, **TEACHER), tmp_path, data, trainer_class=Looking, **SETTINGS)
+    trainer.train()
+    parts = memory_advice.parts(trainer)
+    masters = sum(master.numel() * 4 for master in trainer.projections.parameters())
+    moments = sum(value.numel() * 4 for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step")
+    assert parts["teacher"] == sum(p.numel() * 4 for p in trainer.teacher.parameters()) and parts["student"] == sum(p.numel() * 4 for p in trainer.student.parameters())
+    assert parts["projections"] == parts["their gradients"] == masters and parts["Adam's moments"] == moments
+    assert parts["student's gradients"] == sum(p.numel() * 4 for p in trainer.student.parameters() if p.requires_grad)
+    assert found["tokens"] == 4 * 64
+    expected = parts["teacher's outputs at the taps"] + parts["student's activations"]
+    assert found["saved"] == pytest.approx(expected, rel=0.1), (found, parts)
