@@ -14,6 +14,7 @@ from reference_lrc import documents
 from tiny_training import make_trainer, masters
 from transformers import TrainerCallback
 
+from red.checkpoint_folders import MANIFEST
 from red.errors import REDError
 from red.prepare import calibration_batches
 from red.stream_sources import FileSource
@@ -54,7 +55,7 @@ def test_training_goes_on_bit_for_bit_without_reading_again(tiny_teacher, tmp_pa
 
     whole = trainer("whole")
     whole.train()
-    assert len(whole.seen) == 12 and all(set(batch) == {"input_ids", "labels", "position_ids", "token_mask"} for batch in whole.seen)
+    assert len(whole.seen) == 12 and all(set(batch) == {"input_ids", "labels", "position_ids", "token_mask", "document_starts"} for batch in whole.seen)
     (calibration,) = calibration_batches(whole.train_dataset, 4)
     for key, value in calibration.items():
         assert torch.equal(value, torch.cat([whole.seen[0][key], whole.seen[1][key]])), "what is calibrated on is trained on too"
@@ -124,7 +125,8 @@ def test_settings_that_do_not_go_with_a_stream(tiny_teacher, tmp_path):
         file.write('{"input_ids": [5, 6]}\n')
     with pytest.raises(REDError, match="reading another stream: bytes was"):
         make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / STREAM_FILE).unlink()
+    for name in (STREAM_FILE, MANIFEST):  # as a run without a stream would be
+        (checkpoint / name).unlink()
     with pytest.raises(REDError, match="that run did not stream its text"):
         make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
 
