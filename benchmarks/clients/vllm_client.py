@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
             done = subprocess.run([sys.executable, __file__, str(folder), student, implementation], env=environment, capture_output=True, text=True)
             lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if done.returncode:
-                lines = [f"failed with {done.returncode}:", *(done.stdout + done.stderr).strip().splitlines()[-4:]]
+                lines = [f"failed with {done.returncode}:", (done.stdout + done.stderr).strip().splitlines()[-1]]
             print(f"{student}, model_impl={implementation!r}:", *lines, sep="\n  ", flush=True)
             Path(folder / f"vllm_{student}_{implementation}.log").write_text(done.stdout + done.stderr)
 
