@@ -244,7 +244,9 @@ def run_of(task, metric, scores, reported, *, error=0.1, key="none"):
 
 def test_rows_are_paired_only_where_the_items_give_the_reported_score():
     teacher, student = [1, 1, 0, 1], [1, 0, 0, 1]
-    (row,) = harness.compare(run_of("t", "acc", teacher, 0.75), run_of("t", "acc", student, 0.5))
+    answered_in_another_order = run_of("t", "acc", student, 0.5)
+    answered_in_another_order["samples"]["t"].reverse()
+    (row,) = harness.compare(run_of("t", "acc", teacher, 0.75), answered_in_another_order)
     assert row.difference.paired and row.difference.value == -0.25 and row.n == 4 and row.by_steps == {"2": (0.5, 0.5), "3": (1.0, 0.5)}
     (row,) = harness.compare(run_of("t", "f1", teacher, 0.9, key="strict"), run_of("t", "f1", student, 0.6, key="strict"))
     assert not row.difference.paired and row.difference.stderr == pytest.approx(math.hypot(0.1, 0.1)) and row.metric == "f1 (strict)"
