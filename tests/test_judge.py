@@ -212,6 +212,7 @@ def test_the_command_prints_and_writes(folder, capsys, tmp_path, monkeypatch):
     assert written["versions"]["torch"] == torch.__version__ and written["settings"]["dtype"] == "float32"
     assert written["divergence"]["kl"]["mean"] > 0 and written["student"]["generation"]["batches"]["8"]["tokens_per_second"] > 0
     assert main([*arguments, "--output", str(output)]) == 2 and "exists and nothing is overwritten" in capsys.readouterr().err
+    assert main([*arguments, "--chat"]) == 2 and "has no chat template" in capsys.readouterr().err
     assert main([*arguments, "--limit", "0"]) == 2 and "limit=0 is not a positive number" in capsys.readouterr().err
     assert main([*arguments, "--device", "gpu"]) == 2 and "device='gpu' is no device" in capsys.readouterr().err
     assert main([*arguments, "--dtype", "int8"]) == 2 and "dtype='int8'" in capsys.readouterr().err

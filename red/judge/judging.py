@@ -59,6 +59,10 @@ def judge(student: str | Path, teacher: str | Path, *, tasks: Sequence[str] | No
         raise REDError(f"{names['student']!r} and {names['teacher']!r} have different tokenizers, and a divergence between them has no meaning. "
                        "Name the teacher that the student was made from, or leave the data out.")
 
+    without = [names[role] for role, tokenizer in tokenizers.items() if chat and not tokenizer.chat_template]
+    if without:
+        raise REDError(f"chat=True: the tokenizer of {without[0]!r} has no chat template. Leave chat out.")
+
     models, facts, scores = {}, {}, {}
     for role, name in names.items():
         before = memory_now(place)
