@@ -58,6 +58,17 @@ def test_preflight_in_a_fresh_process(family, tied, dtype, as_llama, tmp_path, t
     torch.testing.assert_close(logits_of(loaded), logits_of(student), rtol=tolerance, atol=tolerance * logits_of(student).abs().max().item())
 
 
+def test_engines_that_ignore_head_dim_are_warned_of(tmp_path, tiny_model, recwarn):
+    export(tiny_model("qwen2", hidden_size=WIDTH), None, tmp_path / "native", verify=False)
+    (warning,) = [str(one.message) for one in recwarn if "head_dim" in str(one.message)]
+    assert "as_llama=True" in warning
+    recwarn.clear()
+    export(tiny_model("qwen2", hidden_size=WIDTH), None, tmp_path / "llama", verify=False, as_llama=True)
+    export(tiny_model("qwen3", hidden_size=WIDTH), None, tmp_path / "qwen3", verify=False)
+    export(tiny_model("qwen2"), None, tmp_path / "wide", verify=False)  # 4 heads of 8 are its width of 32
+    assert not [one for one in recwarn if "head_dim" in str(one.message)]
+
+
 def test_what_fails_the_preflight_is_not_left(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("red.export.run_preflight", lambda folder, reference: {"error": "its logits differ by 3"})
     with pytest.raises(REDError, match="failed its preflight: its logits differ by 3. Nothing was left"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,17 @@ from red.judge import harness, judge, kl_to_teacher, load_problems, paired_diffe
 from red.judge.problems import is_right
 from red.judge.speed import measure_speed
 from red.judge.statistics import ratio_error, unpaired_difference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_transcripts_of_clients_name_their_versions_and_no_machine():
+    texts = {path.stem: path.read_text() for path in (ROOT / "docs" / "clients").glob("*.txt")}
+    assert set(texts) == {"gguf", "lm_eval", "pipeline", "red_eval", "vllm"}
+    for name, text in texts.items():
+        assert text.startswith("$ python -m benchmarks.clients.students runs/clients\n$ "), name
+        assert not any(part in text for part in ("/tmp", "/root", "/home", "/work")), name
+
 
 # ---- statistics ----
 
@@ -165,8 +177,8 @@ def test_speed_is_the_inverse_of_time_and_answers_have_one_length(tiny_model):
     assert (found["prompt_tokens"], found["answer_tokens"]) == (6, 6) and model.training
     for batch, one in found["batches"].items():
         assert one["tokens_per_second"] * one["ms_per_answer"] / 1000 == pytest.approx(6 * int(batch))
-        assert len(one["ms_of_each_repeat"]) == 3 and sorted(one["ms_of_each_repeat"])[1] == one["ms_per_answer"]
-    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 10_000_000  # Python and torch alone
+        assert len(one["ms_of_each_repeat"]) == 5 and min(one["ms_of_each_repeat"]) == one["ms_per_answer"]
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 200_000_000  # Python and torch alone
     assert measure_speed(model)["peak_memory_bytes"] is None
 
 
@@ -200,6 +212,7 @@ def test_the_command_prints_and_writes(folder, capsys, tmp_path, monkeypatch):
     assert written["versions"]["torch"] == torch.__version__ and written["settings"]["dtype"] == "float32"
     assert written["divergence"]["kl"]["mean"] > 0 and written["student"]["generation"]["batches"]["8"]["tokens_per_second"] > 0
     assert main([*arguments, "--output", str(output)]) == 2 and "exists and nothing is overwritten" in capsys.readouterr().err
+    assert main([*arguments, "--chat"]) == 2 and "has no chat template" in capsys.readouterr().err
     assert main([*arguments, "--limit", "0"]) == 2 and "limit=0 is not a positive number" in capsys.readouterr().err
     assert main([*arguments, "--device", "gpu"]) == 2 and "device='gpu' is no device" in capsys.readouterr().err
     assert main([*arguments, "--dtype", "int8"]) == 2 and "dtype='int8'" in capsys.readouterr().err
@@ -232,7 +245,9 @@ def run_of(task, metric, scores, reported, *, error=0.1, key="none"):
 
 def test_rows_are_paired_only_where_the_items_give_the_reported_score():
     teacher, student = [1, 1, 0, 1], [1, 0, 0, 1]
-    (row,) = harness.compare(run_of("t", "acc", teacher, 0.75), run_of("t", "acc", student, 0.5))
+    answered_in_another_order = run_of("t", "acc", student, 0.5)
+    answered_in_another_order["samples"]["t"].reverse()
+    (row,) = harness.compare(run_of("t", "acc", teacher, 0.75), answered_in_another_order)
     assert row.difference.paired and row.difference.value == -0.25 and row.n == 4 and row.by_steps == {"2": (0.5, 0.5), "3": (1.0, 0.5)}
     (row,) = harness.compare(run_of("t", "f1", teacher, 0.9, key="strict"), run_of("t", "f1", student, 0.6, key="strict"))
     assert not row.difference.paired and row.difference.stderr == pytest.approx(math.hypot(0.1, 0.1)) and row.metric == "f1 (strict)"
@@ -254,5 +269,6 @@ def test_sides_are_not_swapped_in_the_table():
     found = Judgement({"name": "T", **side}, {"name": "S", **side, "parameters": 25}, rows, None, {}, {})
     line = next(line.split() for line in str(found).splitlines() if line.startswith("t "))
     assert line[:6] == ["t", "acc", "↑", "4", "0.7500", "0.5000"] and line[6] == "−0.2500"
+    assert "every item was scored alike" not in str(found)
     assert "0.250" in str(found) and found.as_json()["rows"][0]["difference"]["value"] == -0.25
     assert types.SimpleNamespace(**found.as_json()).student["name"] == "S"

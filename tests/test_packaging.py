@@ -75,7 +75,7 @@ def test_the_wheel_holds_packages_and_data(tmp_path):
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for package in ("red", "red_kernels") for path in (ROOT / package).rglob("*.py")}
     data = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "red/example/teacher").iterdir(), *(ROOT / "red/demo").glob("*.json"),
-                                                           *(ROOT / "red/demo").glob("*.html")]}
+                                                           *(ROOT / "red/demo").glob("*.html"), *(ROOT / "red/judge/tasks").glob("*.yaml")]}
     assert {"red/demo/report_template.html", "red/demo/learning_rates.json"} <= data
     assert modules | data <= inside, sorted((modules | data) - inside)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in inside)

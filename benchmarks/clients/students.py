@@ -5,6 +5,7 @@
 FOLDER/llama            the embedded teacher at half its width, by red.compress: it answers questions
 FOLDER/qwen2            a random Qwen2 with biases whose head_dim is not hidden_size // heads, as every Qwen2 student's
 FOLDER/qwen2_as_llama   the same weights, exported as a Llama
+FOLDER/held_out.txt     text that neither teacher nor student was made from
 FOLDER/reference.json   prompts, greedy tokens, and logits of the last prompt token
 """
 
@@ -31,9 +32,10 @@ def make(folder: Path) -> None:
     red.compress(teacher_path(), texts, hidden_size=64, output_dir=str(folder / "compressed"), dtype="float32", max_length=256, calibration_samples=64,
                  report_to="none", use_cpu=True)
     (folder / "compressed" / "student").rename(folder / "llama")
+    (folder / "held_out.txt").write_text("\n".join(document.text for document in islice(documents(1, "test"), 120)))
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=32, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=64, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
     model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

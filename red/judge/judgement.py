@@ -42,7 +42,7 @@ class Judgement:
                     rows.append([f"{label}, batch {batch}", *(f"{value(side):,.0f}" for side in sides), f"{_share(sides, value):.2f}"])
             peaks = [side["generation"]["peak_memory_bytes"] for side in sides]
             if None not in peaks:
-                rows.append(["peak memory, MB", *(f"{peak / 1e6:,.1f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}" if peaks[0] else ""])
+                rows.append(["peak memory, MB", *(f"{peak / 1e6:,.1f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}"])
         text = _aligned(rows)
         if self.teacher["generation"]:
             text += f"\n(an answer: {self.teacher['generation']['answer_tokens']} tokens after {self.teacher['generation']['prompt_tokens']})"
@@ -61,6 +61,8 @@ class Judgement:
             lines += [[f"  {steps} steps", "", "", _number(first), _number(second), _signed(second - first), "", "", ""]
                       for steps, (first, second) in (row.by_steps or {}).items() if len(row.by_steps) > 1]
         text = _aligned(lines, left=2)
+        if any(row.difference.paired and row.difference.stderr == 0 for row in self.rows):
+            text += "\nWhere the error is 0 every item was scored alike; what differs in fewer than about 3 of n items would not be seen."
         if any(not row.difference.paired for row in self.rows):
             text += "\n* not paired over the items: the interval is too wide rather than too narrow"
         return text

@@ -46,7 +46,8 @@ def judge(student: str | Path, teacher: str | Path, *, tasks: Sequence[str] | No
     for name, value in (("limit", limit), ("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise REDError(f"{name}={value} is not a positive number.")
-    place, kind = _device(device), _dtype(dtype, device)
+    place = _device(device)
+    kind = _dtype(dtype, place)
     notes, harness = [], None
     if tasks is None and not is_installed():
         notes.append(f"No task was run: lm-evaluation-harness is not installed. {REMEDY}")
@@ -57,6 +58,10 @@ def judge(student: str | Path, teacher: str | Path, *, tasks: Sequence[str] | No
     if data is not None and len({tokenizer_hash(tokenizer) for tokenizer in tokenizers.values()}) > 1:
         raise REDError(f"{names['student']!r} and {names['teacher']!r} have different tokenizers, and a divergence between them has no meaning. "
                        "Name the teacher that the student was made from, or leave the data out.")
+
+    without = [names[role] for role, tokenizer in tokenizers.items() if chat and not tokenizer.chat_template]
+    if without:
+        raise REDError(f"chat=True: the tokenizer of {without[0]!r} has no chat template. Leave chat out.")
 
     models, facts, scores = {}, {}, {}
     for role, name in names.items():
@@ -90,10 +95,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
+def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise REDError(f"dtype={name!r} is not one of {', '.join(DTYPES)}.")
-    return getattr(torch, name if name != "auto" else "float32" if _device(device).type == "cpu" else "bfloat16")
+    return getattr(torch, name if name != "auto" else "float32" if device.type == "cpu" else "bfloat16")
 
 
 def _load(name: str, dtype: torch.dtype):
