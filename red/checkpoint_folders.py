@@ -69,9 +69,9 @@ def publish(folder: Path, output_dir: Path) -> Path:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[str | Path | None]) -> None:
-    """Remove the oldest complete checkpoints until `limit` are left, never those in `keep`; None or 0 removes none."""
+    """Remove the oldest complete checkpoints until `limit` are left, never those in `keep`; None, 0 or less removes none."""
     found, kept = complete(output_dir), {Path(path).absolute() for path in keep if path}
-    surplus = len(found) - max(limit, len(kept)) if limit else 0
+    surplus = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0
     for folder in [folder for folder in found if folder.absolute() not in kept][: max(surplus, 0)]:
         _move_aside(folder)
     clear(output_dir)

@@ -73,6 +73,18 @@ class Checkpoints:
         if not self._saving:  # an upload runs on beside the training, and that folder is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _finalize_training(self, trial, *args, **kwargs):
+        """Trainer's; but with save_total_limit=1 it would remove all checkpoints but the best, in place, also others' and what a SIGTERM has just saved."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            result = super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best and self.args.should_save and not self.termination.agreed:
+            folders.rotate(Path(self._get_output_dir(trial)), limit, keep=(best,))
+        return result
+
     def _name_the_best(self, run: Path) -> None:
         """Trainer looked for the best checkpoint in the side folder; say where it is, or is going to be."""
         best = self.state.best_global_step
@@ -171,7 +183,7 @@ class RoomForCheckpoints(TrainerCallback):
         if not (args.should_save and coming):
             return
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if args.save_total_limit:  # one more than the limit stands there before the oldest is removed
+        if args.save_total_limit and args.save_total_limit > 0:  # one more than the limit stands there before the oldest is removed
             coming = min(coming, max(args.save_total_limit + 1 - len(folders.complete(args.output_dir)), 1))
         size, free = checkpoint_bytes(self.projections), shutil.disk_usage(args.output_dir).free
         if coming * size > free:

@@ -125,6 +125,9 @@ def test_going_back_to_an_earlier_checkpoint(run, tiny_teacher):
     assert last_checkpoint(run).name == "checkpoint-4" and names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     after = {step: (run / f"checkpoint-{step}" / "projections.safetensors").read_bytes() for step in (2, 4, 6)}
     assert after[2] == before[2] and after[4] != before[4] and after[6] == before[6]
+    for everything in (None, 0, -1):
+        folders.rotate(run, everything, keep=())
+        assert len(names(run)) == 3
     folders.rotate(run, 1, keep=())
     assert names(run) == ["checkpoint-4"], "the order is that of the saves"
 
@@ -236,7 +239,7 @@ def test_what_a_checkpoint_is_said_to_take(finished):
     assert 0.75 * written < checkpoints.checkpoint_bytes(trainer.projections) < written
 
 
-@pytest.mark.parametrize(("limit", "coming"), [(None, 3), (2, 3), (1, 2), (5, 3)])
+@pytest.mark.parametrize(("limit", "coming"), [(None, 3), (2, 3), (1, 2), (5, 3), (-1, 3)])
 def test_a_warning_before_the_first_step_where_the_disk_is_too_small(tiny_teacher, tmp_path, monkeypatch, caplog, limit, coming):
     """Three saves are to come; with a limit one more than it stands there for a moment."""
     trainer = make_trainer(tiny_teacher(), tmp_path, save_total_limit=limit, **EVERY_2)

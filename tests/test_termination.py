@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 import red
 from red import cli
-from red.checkpoint_folders import fault
+from red.checkpoint_folders import fault, last_checkpoint
 from red.errors import Terminated
 
 
@@ -51,6 +51,22 @@ def test_saves_stops_and_goes_on(tiny_teacher, tmp_path, caplog, whole, strategy
     resumed = make_trainer(tiny_teacher(), tmp_path / "run", **SETTINGS, **strategy)
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.seen) == 3 * 2 and all(torch.equal(value, masters(resumed)[name]) for name, value in masters(whole).items())
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_the_end_keeps_what_is_needed(tiny_teacher, tmp_path, terminated):
+    """With save_total_limit=1 and the best checkpoint behind, Trainer removes the last one at the end of a training, in place: not the one that SIGTERM saved, and never another program's."""
+    best = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    trainer = make_trainer(tiny_teacher(), tmp_path / "run", eval_data=tokenised(5, seed=3), callbacks=[Terminate(5)] * terminated, save_total_limit=1, **best, **SETTINGS)
+    if terminated:
+        with pytest.raises(Terminated, match="checkpoint-5"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert trainer.state.best_global_step == 2 and trainer.args.save_total_limit == 1
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", *["checkpoint-5"] * terminated}
+    assert last_checkpoint(tmp_path / "run").name == ("checkpoint-5" if terminated else "checkpoint-2")
 
 
 def test_somebody_elses_handler_stays(tiny_teacher, tmp_path):
