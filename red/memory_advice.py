@@ -23,8 +23,9 @@ def parts(trainer) -> dict[str, int]:
     """Bytes by what takes them on this rank, from shapes alone: the standing parts exactly, those of a micro-batch as estimates."""
     args, teacher, student, projections = trainer.args, trainer.teacher, trainer.student, trainer.projections
     masters = _size(projections.parameters())
-    standing = {"teacher": _size(teacher.parameters()), "student": _size(student.parameters()), "student's gradients": _size(p for p in student.parameters() if p.requires_grad),
-                "projections": masters, "their gradients": masters, "Adam's moments": ADAM_MOMENTS * masters}
+    trained = [p for p in student.parameters() if p.requires_grad]  # their gradients are summed in the projections' dtype
+    summed = _size(trained) // student.dtype.itemsize * projections.parameters()[0].element_size()
+    standing = {"teacher": _size(teacher.parameters()), "student": _size(student.parameters()), "student's gradients": summed, "projections": masters, "their gradients": masters, "Adam's moments": ADAM_MOMENTS * masters}
 
     config, narrow = teacher.config, student.config.hidden_size
     tokens, layers = args.per_device_train_batch_size * args.max_length, config.num_hidden_layers
@@ -35,7 +36,9 @@ def parts(trainer) -> dict[str, int]:
     # what backward reads of a layer: the inputs of the norms (residual stream, in the student's dtype) and of the products, attention's, the activation's
     stream = 2 * narrow * student.dtype.itemsize
     inner = (2 * narrow + 2 * query + keys + 4 * config.intermediate_size) * item
-    saved = layers * narrow * student.dtype.itemsize + stream + inner if args.gradient_checkpointing else layers * (stream + inner)
+    entered = narrow * student.dtype.itemsize  # what a layer that runs again starts from; and of products and attention the results
+    kept = {"none": stream + inner, "cheap": entered + (2 * narrow + 2 * query + keys + 2 * config.intermediate_size) * item, "full": entered}[args.checkpointing]
+    saved = layers * kept + (stream + inner if args.checkpointing != "none" else 0)
     chunk = min(args.loss_chunk_size or max(2**30 // (4 * config.vocab_size), 1), tokens)
     moving = {"teacher's outputs at the taps": tokens * layers * tapped * item if args.tap_weight else 0, "student's activations": tokens * saved,
               f"logits of {chunk} tokens": 2 * chunk * config.vocab_size * 4}
@@ -51,8 +54,10 @@ def advice(trainer, error: BaseException) -> str:
     if args.per_device_train_batch_size > 1:
         half = args.per_device_train_batch_size // 2
         remedies.append(f"per_device_train_batch_size={half} with gradient_accumulation_steps={args.gradient_accumulation_steps * args.per_device_train_batch_size // half}")
-    if not args.gradient_checkpointing:
-        remedies.append("gradient_checkpointing=True")
+    if args.checkpointing == "none":
+        remedies.append("checkpointing=cheap, then checkpointing=full" + ", without compile_layers" * args.compile_layers)
+    elif args.checkpointing == "cheap":
+        remedies.append("checkpointing=full")
     if not args.bf16:
         remedies.append("bf16=True")
     remedies.append(f"a max_length below {args.max_length}")

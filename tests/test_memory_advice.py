@@ -23,9 +23,10 @@ class Full(RecordingTrainer):
 
 
 @pytest.mark.parametrize(("settings", "told", "untold"), [
-    (dict(per_device_train_batch_size=4, gradient_accumulation_steps=3), ["per_device_train_batch_size=2 with gradient_accumulation_steps=6", "gradient_checkpointing=True", "bf16=True", "loss_chunk_size=1024"], []),
+    (dict(per_device_train_batch_size=4, gradient_accumulation_steps=3), ["per_device_train_batch_size=2 with gradient_accumulation_steps=6", "checkpointing=cheap, then checkpointing=full;", "bf16=True", "loss_chunk_size=1024"], []),
+    (dict(checkpointing="cheap"), ["checkpointing=full;"], ["gradient_checkpointing", "checkpointing=cheap"]),
     (dict(per_device_train_batch_size=1, gradient_checkpointing=True, bf16=True, loss_chunk_size=256), ["max_length below 16", "loss_chunk_size below 256"],
-     ["per_device_train_batch_size=", "gradient_checkpointing=True", "bf16=True"])], ids=["everything to lower", "little left"])
+     ["per_device_train_batch_size=", "checkpointing=", "bf16=True"])], ids=["everything to lower", "cheap is taken", "little left"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_message(tiny_teacher, tmp_path, settings, told, untold):
     trainer = make_trainer(tiny_teacher(), tmp_path, trainer_class=Full, save_strategy="steps", save_steps=1, **settings)
@@ -71,3 +72,17 @@ def test_the_bytes_are_there(tiny_teacher, tmp_path, family):
     assert found["tokens"] == 4 * 64
     expected = parts["teacher's outputs at the taps"] + parts["student's activations"]
     assert found["saved"] == pytest.approx(expected, rel=0.1), (found, parts)
+
+
+@pytest.mark.parametrize("kind", ["none", "cheap", "full"])
+def test_a_bf16_student_and_what_is_computed_again(tiny_teacher, tmp_path, kind):
+    """Its gradients are summed in float32; each kind of checkpointing saves less than the one before."""
+    trainer = make_trainer(tiny_teacher(**TEACHER), tmp_path, **{**SETTINGS, "max_length": 16}, student_dtype="bfloat16", checkpointing=kind)
+    parts = memory_advice.parts(trainer)
+    trainer.train()
+    entries = sum(p.numel() for p in trainer.student.parameters())
+    assert parts["student"] == 2 * entries and parts["student's gradients"] == 4 * entries == 4 * sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
+    config, tokens, width, inner = trainer.teacher.config, 4 * 16, 64, 2 * 64
+    whole = 2 * (2 * width + inner + 2 * config.num_attention_heads * config.head_dim + 2 * config.num_key_value_heads * config.head_dim + 4 * 320)
+    again = {"none": whole, "cheap": whole - 2 * width - 2 * 2 * 320, "full": 2 * width}[kind]
+    assert parts["student's activations"] == tokens * (4 * again + (whole if kind != "none" else 0))
