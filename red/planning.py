@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,8 +119,8 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
     accumulation = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
     for name, value in (("gpus", gpus), ("per_device_train_batch_size", per_device_train_batch_size), ("max_length", max_length),
                         ("gradient_accumulation_steps", accumulation), ("tokens", tokens)):
-        if value < 1:
-            raise REDError(f"{name}={value!r} must be at least 1.")
+        if not 1 <= value < math.inf:  # NaN is not either
+            raise REDError(f"{name}={value!r} must be at least 1 and finite.")
     if not 0 < utilisation <= 1:
         raise REDError(f"utilisation={utilisation!r} must lie between 0 and 1: the share of the GPU's bf16 products that is reached, such as 0.4.")
 
@@ -132,6 +134,7 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
 
 def config_of(teacher):
     """The transformers config of what `plan` takes for a teacher; a shape of the table needs neither network nor files."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from red import families
@@ -142,9 +145,10 @@ def config_of(teacher):
     path, shape = Path(teacher), known_shape(str(teacher))
     if path.is_file():
         try:
-            return config_of(AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
-            raise REDError(f"{teacher} is no model's config.json: {error}") from error
+            config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+            raise REDError(f"{teacher} is no model's config.json: {error}. Give the file that lies beside the teacher's weights.") from error
+        return config_of(config)
     if shape is not None and not path.is_dir():
         return AutoConfig.for_model(**shape)
     if "/" not in str(teacher) and not path.is_dir():
@@ -171,9 +175,10 @@ def _placement(teacher: Sizes, width: int, gpu: GPU, gpus: int, options: dict) -
         return costs.memory(teacher, width, rows * length, shards=shards, replicas=gpus // shards, whole_gradients=accumulation > 1 and not options["sync_each_batch"],
                             checkpointing=checkpointing, tap_target=tap_target, student_bytes=student_bytes)
 
-    largest = 0
-    while fits(memory(largest + 1), gpu):
-        largest += 1
+    beyond = 1  # rows that do not fit; the bytes grow with the rows
+    while fits(memory(beyond), gpu):
+        beyond *= 2
+    largest = bisect_left(range(beyond), True, 1, key=lambda rows: not fits(memory(rows), gpu)) - 1
     own = rows * length * accumulation  # tokens a GPU takes in a step
     flops = costs.flops(teacher, width, context=length, sharing=own * shards, checkpointing=checkpointing, tap_target=tap_target)
     traffic = costs.traffic(teacher, width, gpu, shards=shards, replicas=gpus // shards, micro_steps=accumulation,

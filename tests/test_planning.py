@@ -94,6 +94,8 @@ def test_a_teacher_by_name_folder_file_and_config(tmp_path):
     ("Llama-3.2-3B", {"hidden_size": 1500}, "not a multiple of num_attention_heads=24; the nearest are 1488 and 1512"),
     ("Llama-3.2-3B", {"gpu": "H1000"}, "use one of H100, H200"),
     ("Llama-3.2-3B", {"gpus": 0}, "gpus=0 must be at least 1"),
+    ("Llama-3.2-3B", {"tokens": float("nan")}, "tokens=nan must be at least 1 and finite"),
+    ("Llama-3.2-3B", {"tokens": float("inf")}, "tokens=inf must be at least 1 and finite"),
     ("Llama-3.2-3B", {"utilisation": 40}, "between 0 and 1"),
     ("Llama-3.2-3B", {"checkpointing": "some"}, "use one of none, cheap, full"),
     (AutoConfig.for_model("gpt2"), {}, "model_type='gpt2' is not supported"),
@@ -103,10 +105,16 @@ def test_refusals(teacher, changes, message):
         red.plan(teacher, **{"hidden_size": 1536, **changes})
 
 
-def test_a_file_that_is_no_config(tmp_path):
-    (tmp_path / "notes.json").write_text("{}")
-    with pytest.raises(REDError, match="no model's config.json"):
-        red.plan(tmp_path / "notes.json", 16)
+@pytest.mark.parametrize("held, message", [
+    ({}, "no model's config.json"), ([], "no model's config.json"), ({"model_type": "llama", "hidden_size": "wide"}, "no model's config.json.*hidden_size"),
+    ({"model_type": "llama", "num_attention_heads": 0}, "no model's config.json"), ({"model_type": "qwen3_moe"}, "^model_type='qwen3_moe' is not supported.*experts"),
+])
+def test_a_file_that_is_no_config(tmp_path, held, message):
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    with pytest.raises(REDError, match=f"(?s){message}"):
+        red.plan(tmp_path / "config.json", 16)
+    with pytest.raises(REDError, match="Cannot read the teacher|is not supported"):
+        red.plan(tmp_path, 16)
 
 
 def test_the_command(tmp_path, capsys):
@@ -137,3 +145,11 @@ def test_the_papers_runs():
 def test_a_small_model_on_a_small_gpu():
     config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)  # kv heads left to the default
     assert red.plan(config, 32, gpu="RTX 4090").placements[0].largest_batch > 100
+
+
+def test_a_large_micro_batch_is_found_at_once(monkeypatch):
+    """A toy teacher's rows by the hundred thousand: counting them one by one took 10 s a column."""
+    asked = []
+    monkeypatch.setattr(costs, "memory", lambda *args, own=costs.memory, **kwargs: asked.append(args) or own(*args, **kwargs))
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    assert red.plan(config, 32, max_length=64).placements[0].largest_batch > 100_000 and len(asked) < 100
