@@ -80,6 +80,8 @@ class REDConfig(TrainingArguments):
     def __post_init__(self):
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # the ops and the fp64 statistics have no MPS implementation
+        if self.deepspeed:  # before transformers looks for the package
+            raise REDError(f"deepspeed={self.deepspeed!r}: DeepSpeed owns the optimiser and red's projections live beside it; use fsdp=full_shard (see docs/distributed.md).")
         if self.checkpointing == "full":
             self.gradient_checkpointing = True
         own_copies = self.accelerator_config is None
@@ -125,7 +127,6 @@ class REDConfig(TrainingArguments):
         require(not (self.sharding and self.erank_steps), "erank_steps", "one rank cannot run a sharded model; set erank_steps=0, or leave fsdp out")
         for name in ("compile_layers", "teacher_fp8"):
             require(not (self.sharding and getattr(self, name)), name, "has not been brought together with sharded layers; leave it or fsdp out")
-        require(not self.deepspeed, "deepspeed", "DeepSpeed owns the optimiser and red's projections live beside it; use fsdp=full_shard (see docs/distributed.md)")
         require(self.student_dtype in ("auto", "float32", "bfloat16"), "student_dtype", "use auto, float32 or bfloat16")
         require(self.student_dtype != "bfloat16" or self.world_size == 1, "student_dtype", "data parallel would sum the gradients of a bfloat16 student in bfloat16; use auto or float32")
         require(self.packed_attention in ("auto", "varlen", "model"), "packed_attention", "use auto, varlen or model")
@@ -143,7 +144,10 @@ class REDConfig(TrainingArguments):
         require(self.erank_patience >= 1, "erank_patience", "must be at least 1")
         require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1, which ends the run at the first such step")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
-        require(self.calibration_samples >= 1, "calibration_samples", "must be at least 1")
+        for name in ("calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        require(self.loss_chunk_size is None or self.loss_chunk_size >= 1, "loss_chunk_size", "must be at least 1; leave it out for what fits")
+        require(self.dataloader_num_workers >= 0, "dataloader_num_workers", "must not be negative; 0 loads in the training process")
         require(self.calibration_tap in ("residual", "norm"), "calibration_tap", "use residual or norm")
         require(self.start_std > 0, "start_std", "must be above 0")
         require(self.start_fit in (None, "none", "readers", "full"), "start_fit", "use none, readers or full")

@@ -176,6 +176,12 @@ def test_bf16_autocast_keeps_fp32_masters(tiny_teacher, tmp_path):
     assert logged(trainer, "loss") != logged(reference, "loss"), "autocast did not happen"
 
 
+@pytest.mark.parametrize("name, value", [("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 0), ("loss_chunk_size", 0), ("dataloader_num_workers", -1)])
+def test_numbers_that_cannot_be(tmp_path, name, value):
+    with pytest.raises(REDError, match=f"{name}={value}: must"):
+        REDConfig(**settings_of(tmp_path, **{name: value}))
+
+
 def test_fp16_is_refused(tmp_path):
     with pytest.raises(REDError, match="fp16=True.*scaler.*bf16"):
         REDConfig(**settings_of(tmp_path, fp16=True))
