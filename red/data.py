@@ -168,7 +168,10 @@ def open_path(path: Path, tokenizer) -> Iterable:
     if path.is_dir():
         return _saved_dataset(path)
     if path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise REDError(f"{path} is not UTF-8: {error}. Convert the file.") from error
         documents = re.split(r"\n[ \t\r]*\n", text.strip())
         return documents if len(documents) > 1 else text.strip().splitlines()
     if path.suffix == ".jsonl":
@@ -178,13 +181,13 @@ def open_path(path: Path, tokenizer) -> Iterable:
 
 
 def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not UTF-8 is one too
                 raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line.") from error
             if isinstance(value, dict) and set(value) == {HASH_KEY}:
                 check_hash(value[HASH_KEY], tokenizer, str(path))

@@ -61,6 +61,9 @@ def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTra
 def training_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict] | PackedStream:
     """`pack_rows`; or with `streaming`, and of an IterableDataset, rows that are packed while they are taken."""
     if isinstance(source, PackedStream):
+        if (source.rank, source.world_size) != (config.process_index, config.world_size):
+            raise REDError(f"A PackedStream of rank {source.rank} of {source.world_size} was given to process {config.process_index} of {config.world_size}, so rows "
+                           "would be trained on twice, or never. Make it with rank=args.process_index, world_size=args.world_size; or give the text and streaming=True.")
         return source
     if isinstance(source, data.PackedDataset) or not (config.streaming or isinstance(source, IterableDataset)):
         return pack_rows(source, tokenizer, teacher, config)

@@ -81,12 +81,18 @@ class FileSource:
         start, end = block * self.bytes, (block + 1) * self.bytes
         with self.path.open("rb") as file:
             if self.paragraphs:
-                return [document.decode() for document in _paragraphs(_lines(file, start), start, end)]
+                return [self._text(document, start) for document in _paragraphs(_lines(file, start), start, end)]
             lines = [(place, line) for place, line in _until(_lines(file, start), end) if line.strip()]
         if not self.json:
-            return [line.decode() for _, line in lines]
+            return [self._text(line, place) for place, line in lines]
         values = [self._parsed(line, place) for place, line in lines]
         return [value for value in values if not (isinstance(value, dict) and set(value) == {data.HASH_KEY})]
+
+    def _text(self, document: bytes, place: int) -> str:
+        try:
+            return document.decode()
+        except UnicodeDecodeError as error:
+            raise REDError(f"{self.path}, from byte {place} on, is not UTF-8: {error}. Convert the file.") from error
 
     def _parsed(self, line: bytes, place: int):
         try:

@@ -230,6 +230,13 @@ def test_what_a_file_that_streams_must_be(tmp_path, tiny_tokenizer):
     with pytest.raises(REDError, match="the line at byte 13500 is not JSON"):  # not as a worker's traceback
         take(stream_of(path, tiny_tokenizer, num_workers=2), 10**6)
     path.write_text('{"text": " "}\n')
+    (tmp_path / "latin.txt").write_bytes("naïve\n".encode("latin-1") * 9)
+    for read in (lambda: stream_of(tmp_path / "latin.txt", tiny_tokenizer).first(1), lambda: load_examples(tmp_path / "latin.txt", tiny_tokenizer)):
+        with pytest.raises(REDError, match="latin.txt.* is not UTF-8.*Convert"):
+            read()
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "naïve"}\n'.encode("latin-1"))
+    with pytest.raises(REDError, match="latin.jsonl, line 1 is not JSON: .*utf-8"):
+        load_examples(tmp_path / "latin.jsonl", tiny_tokenizer)
     with pytest.raises(REDError, match="The stream is empty"):
         stream_of(path, tiny_tokenizer).first(3)
     other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="w9")

@@ -119,6 +119,8 @@ def test_settings_that_do_not_go_with_a_stream(tiny_teacher, tmp_path):
         make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, max_steps=-1)
     with pytest.raises(REDError, match="packing=False pads"):
         make_trainer(tiny_teacher(), tmp_path / "run", path, streaming=True, packing=False)
+    with pytest.raises(REDError, match="rank 1 of 2 was given to process 0 of 1.*world_size=args.world_size"):
+        make_trainer(tiny_teacher(), tmp_path / "run", PackedStream(path, vocab_size=64, max_length=16, rank=1, world_size=2), max_steps=2)
     make_trainer(tiny_teacher(), tmp_path / "run", path, **{**SETTINGS, "max_steps": 3}).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     with path.open("a") as file:
