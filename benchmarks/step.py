@@ -35,6 +35,7 @@ from benchmarks.timing import DEVICE, GPU
 from benchmarks.watch import Watch, memory
 from red import costs
 from red.config import REDConfig
+from red.errors import REDError
 from red.packing import PackedDataset, collate, pack
 from red.prepare import ready_calibration, start_projections
 from red.trainer import REDTrainer
@@ -155,7 +156,9 @@ def one_rung(name: str, size_name: str, micro_steps: int, steps: int, warmup: in
             loss = run_peer(setup, size, per_batch, micro_steps, watch)
         else:
             loss = run_red(setup, size, micro_steps, watch)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, REDError) as error:  # REDTrainer explains it
+        if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
         return {"status": OUT_OF_MEMORY, "rows": per_batch, "memory": memory()}
     whole = max(size.tokens // (per_batch * size.length), 1)  # micro-steps of a full step
     times = watch.times(whole)

@@ -109,6 +109,16 @@ def test_a_rung(name):
     json.dumps(row)
 
 
+@pytest.mark.parametrize("name, owner", [("LRC", "run_peer"), ("red, plain", "WatchedTrainer.training_step")])
+def test_a_rung_that_is_too_large(monkeypatch, name, owner):
+    """Also where REDTrainer has made an explanation of torch's error."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"benchmarks.step.{owner}", full)
+    assert step.one_rung(name, "tiny", micro_steps=1, steps=2, warmup=1, rows=None)["status"] == step.OUT_OF_MEMORY
+
+
 def climbed(monkeypatch, answers):
     """A climb whose rungs answer from a table; the words of every call."""
     asked = []
