@@ -145,7 +145,7 @@ def test_every_step_option_trains_alike(tiny_teacher, tmp_path, family, settings
 
 @pytest.mark.parametrize("settings", [{}, {"checkpointing": "cheap"}, {"start": "random", "tap_target": "projected"}], ids=str)
 def test_a_step_does_not_wait_for_the_gpu(tiny_teacher, tmp_path, settings):
-    """torch raises where the host would synchronise; the first steps tune kernels and bring constants over."""
+    """torch raises where the host would synchronise; the first steps tune kernels and bring constants over. Once a step the guard reads its flags, and may."""
     class Guarded(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             torch.cuda.set_sync_debug_mode("error" if state.global_step >= 2 else "default")
@@ -155,8 +155,17 @@ def test_a_step_does_not_wait_for_the_gpu(tiny_teacher, tmp_path, settings):
 
     trainer = make_trainer(tiny_teacher(dtype=torch.bfloat16), tmp_path, use_cpu=False, bf16=True, trainer_class=REDTrainer, max_steps=5, logging_steps=100,
                            gradient_accumulation_steps=2, callbacks=[Guarded()], **settings)
+    read, reads = trainer.guard.on_pre_optimizer_step, []
+
+    def reading(*args, **kwargs):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(read(*args, **kwargs))
+        torch.cuda.set_sync_debug_mode(mode)
+
+    trainer.guard.on_pre_optimizer_step = reading
     try:
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.state.global_step == 5
+    assert trainer.state.global_step == 5 == len(reads)
