@@ -167,6 +167,10 @@ class Checkpoints:
         if made_with not in (None, self.teacher_hash):
             raise REDError(f"{folder} was made with another teacher (hash {made_with[:12]}, this one's is {self.teacher_hash[:12]}). "
                            "Resume with the same teacher, loaded in the same teacher_dtype.")
+        then, now = ("channels" in state, self.projections.channels is not None)
+        if then != now:  # the taps were made for the start of this run
+            raise REDError(f"{folder} began with a start that selects {'channels' if then else 'no channels'}, and start={self.args.start!r} selects {'some' if now else 'none'}: "
+                           "the objective would be another. Resume with the start that the run began with.")
         if self.taps and TAP_WEIGHTS in facts:
             self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
         self.projections.load_state_dict(state)

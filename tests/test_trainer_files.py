@@ -115,6 +115,14 @@ def test_save_model_writes_both(tiny_teacher, tmp_path):
         assert load_file(folder / PROJECTIONS_FILE)["channels"].tolist() == trainer.projections.channels.tolist()
 
 
+@pytest.mark.parametrize("first, second, message", [("activation", "pca", "selects channels, and start='pca' selects none"), ("pca", "activation", "selects no channels, and start='activation' selects some")])
+def test_another_kind_of_start_is_refused(tiny_teacher, tmp_path, first, second, message):
+    """The taps were compared with gathered targets in the one, with projected ones in the other."""
+    make_trainer(tiny_teacher(), tmp_path, save_strategy="steps", save_steps=1, max_steps=1, start=first).train()
+    with pytest.raises(REDError, match=f"checkpoint-1 began with a start that {message}.*Resume with the start"):
+        make_trainer(tiny_teacher(), tmp_path, max_steps=2, start=second).train(resume_from_checkpoint=True)
+
+
 def test_load_best_model_at_end(tiny_teacher, tmp_path):
     """The first checkpoint is made the best one; afterwards student, projections and file agree."""
     trainer = make_trainer(tiny_teacher(), tmp_path, eval_data=tokenised(5, seed=3), eval_strategy="steps", eval_steps=2, save_strategy="steps",
