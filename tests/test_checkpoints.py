@@ -101,6 +101,21 @@ def test_resume_takes_the_last_that_is_whole(run, tiny_teacher, finished):
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
+    """Files and inner folders are synced before the manifest is, the run's folder after the rename."""
+    place, seen = tmp_path / folders.SAVING / "checkpoint-2", []
+    (place / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"):
+        (place / name).write_text(name)
+    monkeypatch.setattr(folders, "sync", lambda path: seen.append(path.relative_to(tmp_path).as_posix() + "!" * (tmp_path / "checkpoint-2").exists()))
+    monkeypatch.setattr(folders, "atomic_write_json", lambda path, value, own=folders.atomic_write_json: (seen.append(path.name), own(path, value)))
+    folders.seal(place, step=2, save=1)
+    inside = "_saving/checkpoint-2"
+    assert sorted(seen[:2]) == [f"{inside}/a", f"{inside}/inner/b"] and seen[2:] == [f"{inside}/inner", MANIFEST]
+    assert folders.publish(place, tmp_path) == tmp_path / "checkpoint-2" and seen[4:] == [".!"]
+    assert folders.fault(tmp_path / "checkpoint-2") is None
+
+
 def test_without_a_manifest_only_by_name(run, tiny_teacher, caplog):
     """Half-written by another program, or whole and of an older version: nobody can know, so the user decides."""
     (run / "checkpoint-6" / MANIFEST).unlink()
