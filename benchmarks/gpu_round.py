@@ -1,7 +1,7 @@
 """Everything a borrowed GPU can tell, in one call under 8 minutes: `python benchmarks/gpu_round.py --out DIR`.
 
     extension   csrc/ built for this machine's torch; its kernels under compute-sanitizer, where that is installed
-    tests       tests/kernels and tests/test_gpu.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
+    tests       tests/kernels and tests/test_gpu*.py on the GPU, a process a file, side by side; the trainer's tests with that machine's versions
     aot         registers, spills and shared memory of every kernel with that machine's Triton, beside the tests
     benchmarks  every row of benchmarks/test_*.py at the shapes of the targets, as JSON
     step        a whole training step of the Llama-3.2-3B shape, optimisation by optimisation, beside the eager LRC step
@@ -93,7 +93,7 @@ def test_files(cpu: bool) -> list[Path]:
     if cpu:
         return [Path("tests/kernels/test_op_backend.py"), Path("tests/kernels/test_triton_tap_mse.py"), Path("tests/test_gpu.py")]
     kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/kernels").glob("test_*.py") if path.name not in NOT_ON_A_GPU)
-    return [*kernels, Path("tests/test_gpu.py"), Path("tests/test_trainer.py"), Path("tests/test_projections.py")]
+    return [*kernels, Path("tests/test_gpu.py"), Path("tests/test_gpu_step.py"), Path("tests/test_trainer.py"), Path("tests/test_projections.py")]
 
 
 def run(command: Command, deadline: float, scratch: Path) -> dict:
