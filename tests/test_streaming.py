@@ -153,12 +153,14 @@ def test_a_stream_goes_on_where_it_was(tmp_path, tiny_tokenizer, name):
 
 
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (3, 2, 4, 1)], ids=str)
-@pytest.mark.parametrize("name", ["rows.jsonl", "hub"])
-def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, name, worlds):
-    """Whatever each had read: at the end every document has been read, and none twice."""
+@pytest.mark.parametrize("name, apart", [("rows.jsonl", False), ("rows.jsonl", True), ("hub", False)])
+def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, monkeypatch, name, apart, worlds):
+    """Whatever each had read: at the end every document has been read, and none twice. With ranks far apart, and little read between two changes, a state has to remember several."""
+    if apart:  # some forty blocks
+        monkeypatch.setattr("red.stream_sources.SMALLEST", 512)
     texts = words(450, longest=10)
     source = sources(tmp_path, texts)[name]
-    whole, state, seen = documents(stream_of(source, tiny_tokenizer).first(10**6)), None, []
+    whole, state, seen, remembered = documents(stream_of(source, tiny_tokenizer).first(10**6)), None, [], 0
     for turn, world in enumerate(worlds):
         places = []
         for rank in range(world):
@@ -166,7 +168,7 @@ def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, n
             if state is not None:
                 stream.load_state_dict(state)
             if turn < len(worlds) - 1:
-                rows, place = take(stream, 20 + 5 * rank)
+                rows, place = take(stream, 20 + 5 * rank if not apart else (2, 90, 9)[rank] if turn == 0 else 1 + rank)
             else:  # the last one reads to the end
                 rows = []
                 for row, place in stream.rows():
@@ -176,6 +178,8 @@ def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, n
             seen += documents(rows)
             places.append(place)
         state = stream.state_dict(places)
+        remembered = max(remembered, len(state["layouts"]))
+    assert remembered > 1 or not apart or len(worlds) < 4
     assert len(seen) == len(set(seen)), "nothing twice"
     assert set(seen) <= set(whole) and len(set(whole) - set(seen)) <= worlds[-1] * LENGTH, "all but each rank's last row, which holds the next pass too"
 
