@@ -1,0 +1,228 @@
+"""LoRiTrainer: transformers' Trainer for a model that thinks in latent steps, and for the baselines it is compared with.
+
+    L = L_task + α L_rat + β L_anchor
+
+L_task is the cross entropy of what follows the latent steps; L_rat aligns their trajectory with the teacher's rationale in the shared subspace; L_anchor the
+states just before the answer. The teacher's side was computed before the training began (`red.lori.trajectories`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.utils import logging
+
+from red.errors import REDError
+from red.files import atomic_write_safetensors
+from red.lori import files, losses
+from red.lori.batch import batch_of
+from red.lori.config import LoRiConfig
+from red.lori.data import Encoded
+from red.lori.model import LatentModel
+from red.lori.trajectories import Trajectories
+from red.packing import IGNORE
+
+STATE = "lori_state.safetensors"  # of a checkpoint: every trained tensor
+PARTS = ("task", "rationale", "anchor", "cot")
+
+logger = logging.get_logger(__name__)
+
+
+class Rows(Dataset):
+    """Encoded rows and their numbers, which find their trajectories."""
+
+    def __init__(self, encoded: Sequence[Encoded]):
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> tuple[int, Encoded]:
+        return index, self.encoded[index]
+
+
+class Collator:
+    """(number, Encoded) pairs into a batch (`red.lori.batch.batch_of`), with the teacher's side and the explicit rows where the objective reads them."""
+
+    def __init__(self, args: LoRiConfig, pad: int, bot: int | None, eot: int | None, trajectories: Trajectories | None):
+        self.args, self.pad, self.bot, self.eot, self.trajectories = args, pad, bot, eot, trajectories
+
+    def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        rows = [row for _, row in items]
+        batch = batch_of(rows, self.args.target, pad=self.pad, bot=self.bot, eot=self.eot)
+        if self.trajectories is not None:
+            batch |= self.trajectories.batch([index for index, _ in items])
+        if self.args.cot_weight or (self.args.anchor_weight and self.args.anchor_teacher == "self"):
+            batch |= {f"cot_{name}": value for name, value in batch_of(rows, "explicit", pad=self.pad).items()}
+        return batch
+
+
+class LoRiTrainer(Trainer):
+    """Train a LatentModel.
+
+    Args:
+        model: the student with its latent steps.
+        args: a LoRiConfig.
+        train_dataset, eval_dataset: encoded rows (`red.lori.data.encode_rows`).
+        processing_class: the tokenizer, which knows the special tokens (`red.lori.model.add_special_tokens`).
+        trajectories: the teacher's, of exactly the training rows; needed where the objective aligns with the offline teacher.
+        pad, bot, eot: token ids.
+        Others as in transformers' Trainer.
+
+    Raises:
+        REDError: trajectories that are missing or not of these rows.
+    """
+
+    def __init__(self, model: LatentModel, args: LoRiConfig, train_dataset: Sequence[Encoded], eval_dataset: Sequence[Encoded] | None = None, *,
+                 processing_class=None, trajectories: Trajectories | None = None, pad: int = 0, bot: int | None = None, eot: int | None = None, **kwargs):
+        if args.n_gpu > 1:
+            logger.warning(f"Using 1 of {args.n_gpu} GPUs; start one process per GPU with torchrun or accelerate launch to use all.")
+            args._n_gpu = 1
+        if args.needs_trajectories and trajectories is None:
+            raise REDError(f"preset={args.preset!r} aligns with the teacher's trajectories, and none were given. Pass trajectories=red.lori.collect(...).")
+        if trajectories is not None and len(trajectories) != len(train_dataset):
+            raise REDError(f"There are trajectories of {len(trajectories)} examples and {len(train_dataset)} training rows. Collect them from these rows.")
+        self.trajectories = trajectories if args.needs_trajectories else None
+        collator = Collator(args, pad, bot, eot, self.trajectories)
+        # the evaluation has no trajectories: its loss is the task's
+        self._eval_collator = Collator(args, pad, bot, eot, None)
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=Rows(train_dataset),
+                         eval_dataset=None if eval_dataset is None else Rows(eval_dataset), processing_class=processing_class, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the losses below divide by global counts
+        self.latent_model = model
+        self.anchor_layers = args.layers_of_anchor(model.config.num_hidden_layers + 1)
+        if self.trajectories is not None:
+            self.subspace, self.anchor_std = trajectories.subspace.to(args.device), trajectories.anchor_std.to(args.device)[self.anchor_layers]
+        self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0  # sums since the last log, and the steps they are of
+        self._counts: Tensor | None = None
+
+    # ---- the objective ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Means over the labels (task, cot) and over the examples (rationale, anchor) of the whole step."""
+        args, training = self.args, model.training
+        labels, examples = (self._counts if training and self._counts is not None else _counts([inputs])).to(args.device).unbind()
+        share = len(inputs["labels"]) / examples
+        aligning = training and args.target == "latent" and (args.rationale_weight > 0 or args.anchor_weight > 0)
+        thought = model(**_part(inputs), with_states=aligning)
+        task = _cross_entropy(thought.logits, inputs["labels"]) / labels
+        rationale = anchor = cot = torch.zeros((), device=task.device)
+        explicit = None
+        if training and "cot_labels" in inputs:
+            explicit = model(**_part(inputs, "cot_"), explicit=True, with_states=True)
+            cot = _cross_entropy(explicit.logits, inputs["cot_labels"]) / labels  # in units of an answer's tokens, as the task
+        if aligning and args.rationale_weight:
+            g = self.subspace.coordinates(thought.latent_states)
+            everything = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
+            rationale = share * losses.rationale_loss(g, everything, inputs["teacher_g"], inputs["teacher_mask"], self.trajectories.scales,
+                                                      second_order_weight=args.second_order_weight, centred=args.centred)
+        if aligning and args.anchor_weight:
+            student = self._anchors(thought.target_states, inputs["anchor"])
+            if args.anchor_teacher == "self":
+                teacher = self._anchors(explicit.target_states, inputs["cot_anchor"]).detach()
+                std = teacher.float().std(dim=(0, 2)).clamp(min=1e-6)
+            else:
+                teacher, std = inputs["teacher_anchor"][:, self.anchor_layers], self.anchor_std
+            anchor = share * losses.anchor_loss(student, teacher, std, distance=args.anchor_distance)
+        if training:
+            self._parts = self._parts.to(task.device) + torch.stack([task.detach(), rationale.detach(), anchor.detach(), cot.detach()]).float()
+        loss = task + args.rationale_weight * rationale + args.anchor_weight * anchor + args.cot_weight * cot
+        return (loss, None) if return_outputs else loss
+
+    def _anchors(self, states: tuple[Tensor, ...], place: Tensor) -> Tensor:
+        """[B, A, d]: the states at each row's anchor in the chosen layers."""
+        rows = torch.arange(len(place), device=place.device)
+        return torch.stack([states[layer][rows, place] for layer in self.anchor_layers], 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Count all micro-batches of the coming step, over all ranks; data parallel averages gradients, hence the world size."""
+        counts = _counts(batch_samples).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
+        self._parts_steps += 1
+        self._counts = counts.clamp(min=1)
+        return self._counts[0]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def log(self, logs, start_time=None):
+        """Adds the parts of the loss: means over the steps since the last log."""
+        if "loss" in logs and self._parts_steps:
+            parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
+            logs |= dict(zip(PARTS, (parts / self._parts_steps).tolist(), strict=True))
+            self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0
+        super().log(logs, start_time)
+
+    # ---- files ----
+
+    @property
+    def facts(self) -> files.Facts:
+        """How the trained model is asked."""
+        args = self.args
+        return files.Facts(args.target, args.latent_steps, self.latent_model.projection is not None, args.answer_prefix, args.preset)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Everything trained, bit for bit; the folder that other tools read comes from `export`."""
+        if self.args.should_save:
+            trained = {name: value.detach().cpu().clone() for name, value in self.latent_model.named_parameters() if value.requires_grad}
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / STATE, trained)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        path = Path(resume_from_checkpoint) / STATE
+        if not path.is_file():
+            raise REDError(f"{resume_from_checkpoint} has no {STATE}: it is not a checkpoint of a LoRiTrainer. Resume from a checkpoint-N folder that red lori wrote.")
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+        trained = {name: value for name, value in self.latent_model.named_parameters() if value.requires_grad}
+        if different := sorted(name for name in trained.keys() | state.keys()
+                               if name not in trained or name not in state or trained[name].shape != state[name].shape):
+            raise REDError(f"{path} is of another model or another preset: {different[0]} differs{f', and {len(different) - 1} more' if different[1:] else ''}. "
+                           "Resume with the settings of the first run.")
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(state[name])
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def export(self, output_dir: str | Path) -> Path:
+        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged."""
+        from red.lori.adapters import merged
+
+        with merged(self.latent_model.model) as plain:
+            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain)
+
+
+def _part(inputs: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    return {name: inputs[prefix + name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")}
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the labelled tokens, in float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def _counts(batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """[labels, examples] of several batches, float32."""
+    return torch.stack([sum((batch["labels"] != IGNORE).sum() for batch in batches), torch.tensor(sum(len(batch["labels"]) for batch in batches),
+                        device=batches[0]["labels"].device)]).float()
