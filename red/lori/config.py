@@ -10,14 +10,15 @@ from red.errors import REDError
 from red.lori.data import TARGETS
 from red.lori.losses import DISTANCES
 
-_LATENT = dict(target="latent", latent_steps=5, projection=True, rationale_weight=0.0, second_order_weight=1.0, anchor_weight=0.0, cot_weight=0.0, anchor_teacher="offline")
+_LATENT = dict(target="latent", latent_steps=5, projection=True, rationale_weight=0.0, second_order_weight=1.0, anchor_weight=0.0, cot_weight=0.0, anchor_teacher="offline",
+               curriculum=0.0)
 PRESETS = {  # name -> the settings it stands for; any that is given wins
     "lori": {**_LATENT, "rationale_weight": 1.0, "anchor_weight": 1.0},
     "lori_no_anchor": {**_LATENT, "rationale_weight": 1.0},
     "lori_no_second_order": {**_LATENT, "rationale_weight": 1.0, "second_order_weight": 0.0, "anchor_weight": 1.0},
     "codi": {**_LATENT, "anchor_weight": 1.0},  # the anchor alone, against LoRi's fixed teacher
     "codi_joint": {**_LATENT, "anchor_weight": 1.0, "cot_weight": 1.0, "anchor_teacher": "self"},  # as published: the student is its own teacher
-    "coconut": {**_LATENT, "projection": False},  # COCONUT's mechanics without its curriculum
+    "coconut": {**_LATENT, "projection": False, "curriculum": 0.5},  # feeds the state back as it is
     "explicit_cot": {**_LATENT, "target": "explicit", "latent_steps": 0},
     "no_cot": {**_LATENT, "target": "none", "latent_steps": 0},
 }
@@ -43,11 +44,14 @@ class LoRiConfig(TrainingArguments):
     max_length: int = field(default=1024, metadata={"help": "Tokens of question, steps and answer together; a longer row is refused."})
     drop_last_step: bool = field(default=False, metadata={"help": "Leave the last step out of every rationale, as CODI does, so that the anchor state cannot copy the result."})
 
+    trajectories_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's trajectories, which runs on the same rows can share; output_dir/trajectories if not given."})
+
     preset: str = field(default="lori", metadata={"help": f"The method: {', '.join(PRESETS)}."})
     target: str | None = field(default=None, metadata={"help": "What stands between question and answer: latent, explicit or none."})
     latent_steps: int | None = field(default=None, metadata={"help": "Latent steps K."})
     projection: bool | None = field(default=None, metadata={"help": "Put a trained projection between the hidden state and the next input."})
     projection_dropout: float = field(default=0.0, metadata={"help": "Dropout of the projection."})
+    curriculum: float | None = field(default=None, metadata={"help": "COCONUT's stages: over this share of the training 1, 2, … K-1 latent steps replace as many steps, the others are said in words; 0: none."})
     rationale_weight: float | None = field(default=None, metadata={"help": "α: weight of the alignment with the rationale's trajectory."})
     second_order_weight: float | None = field(default=None, metadata={"help": "λ: weight of the second moments in it; 0 aligns means alone."})
     centred: bool = field(default=True, metadata={"help": "The second moment is the covariance; false: not centred."})
@@ -87,6 +91,12 @@ class LoRiConfig(TrainingArguments):
         """Does the objective read the offline teacher?"""
         return self.rationale_weight > 0 or (self.anchor_weight > 0 and self.anchor_teacher == "offline")
 
+    def stage(self, step: int, max_steps: int) -> int | None:
+        """How many latent steps there are after `step` optimiser steps while the curriculum lasts; None: all, for the whole rationale."""
+        if self.target != "latent" or self.latent_steps < 2 or step >= self.curriculum * max_steps:
+            return None
+        return 1 + int(step / (self.curriculum * max_steps) * (self.latent_steps - 1))
+
     def layers_of_anchor(self, depth: int) -> list[int]:
         """Indices of the anchor's layers among `depth` = L + 1 states.
 
@@ -115,6 +125,7 @@ class LoRiConfig(TrainingArguments):
             require(self.target == "latent" or not getattr(self, name), name, f"aligns latent steps, and target={self.target!r} has none; use 0")
         require(self.anchor_distance in DISTANCES, "anchor_distance", f"use one of {', '.join(DISTANCES)}")
         require(self.anchor_teacher in ("offline", "self"), "anchor_teacher", "use offline or self")
+        require(0 <= self.curriculum <= 1, "curriculum", "is a share of the training, from 0 to 1")
         require(0 < self.energy <= 1, "energy", "must lie above 0 and not above 1")
         require(0 <= self.projection_dropout < 1, "projection_dropout", "must lie between 0 and 1")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")

@@ -4,7 +4,7 @@
 
 A model reads the prompt and is trained on the target; `<bot>` and `<eot>` stand around the latent steps:
 
-    explicit   question | steps + prefix + answer + eos
+    explicit   question | <bot> + steps + <eot> + prefix + answer + eos      (without <bot> and <eot> where the tokenizer does not know them)
     no CoT     question | prefix + answer + eos
     latent     question + <bot> | <eot> + prefix + answer + eos
 """
@@ -42,9 +42,13 @@ class Encoded:
     """A row as token ids. The prompt has what the tokenizer puts in front of a text; everything else has no special tokens of its own."""
 
     question: list[int]
-    steps: list[int]  # the rationale
+    steps: list[list[int]]  # the rationale, step by step
     prefix: list[int]  # between rationale and answer; its last token is the anchor
     answer: list[int]  # with eos
+
+    def rationale(self, first: int = 0) -> list[int]:
+        """The steps' tokens from this step on."""
+        return [token for step in self.steps[first:] for token in step]
 
 
 def load_rows(source, *, question_column: str = "question", steps_column: str = "steps", answer_column: str = "answer") -> list[Row]:
@@ -126,8 +130,8 @@ def encode_rows(rows: Sequence[Row], tokenizer, *, answer_prefix: str, drop_last
         question = list(tokenizer(row.question)["input_ids"])
         if len(question) > 1 and question[-1] == tokenizer.eos_token_id:
             question.pop()  # some tokenizers end every text
-        one = Encoded(question, ids(" ".join(steps)), prefix, [*ids(row.answer), tokenizer.eos_token_id])
-        length = sum(map(len, (one.question, one.steps, one.prefix, one.answer)))
+        one = Encoded(question, [ids(step) for step in steps], prefix, [*ids(row.answer), tokenizer.eos_token_id])
+        length = sum(map(len, (one.question, one.rationale(), one.prefix, one.answer)))
         if max_length is not None and length > max_length:
             raise REDError(f"Row {place} has {length} tokens, more than max_length={max_length}. Raise max_length, or leave the row out: "
                            "a chain of thought that is cut has no answer.")

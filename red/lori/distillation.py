@@ -16,7 +16,7 @@ from red.files import require_empty_output
 from red.lori.adapters import with_adapters
 from red.lori.config import LoRiConfig
 from red.lori.data import encode_rows, load_rows
-from red.lori.model import LatentModel, add_special_tokens
+from red.lori.model import LatentModel, add_special_tokens, special_ids
 from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, collect
 from red.settings import build_config
@@ -77,11 +77,11 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     _check_steps(encoded, config)
     trajectories = None
     if config.needs_trajectories:
-        trajectories = _collect(teacher, encoded, config, pad_id(tokenizer))
+        trajectories = _collect(teacher, encoded, config, tokenizer)
     set_seed(config.seed)  # the projection and the new tokens are drawn
     plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
     tokenizer = copy.deepcopy(tokenizer)
-    bot, eot = add_special_tokens(plain, tokenizer) if config.target == "latent" else (None, None)
+    bot, eot = add_special_tokens(plain, tokenizer) if config.target != "none" else (None, None)
     model = LatentModel(plain, latent_steps=config.latent_steps, projection=config.projection, dropout=config.projection_dropout)
     model.model = with_adapters(model.model, config)
     trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
@@ -134,12 +134,14 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
                 raise REDError(f"Row {place} has no steps, and preset={config.preset!r} learns from them. Give rows with steps, or use preset=no_cot or coconut.")
 
 
-def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, pad: int):
+def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
     """The trajectories, computed by the first process and read by all."""
     settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers)
-    folder = Path(config.output_dir) / TRAJECTORIES
+    folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
+    bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
     with config.main_process_first(local=False, desc="teacher trajectories"):
-        return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size, pad=pad)
+        return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
+                       pad=pad_id(tokenizer), bot=bot, eot=eot)
 
 
 def _named_dataset(config: LoRiConfig):

@@ -11,10 +11,10 @@ import torch
 
 from red.data import pad_id
 from red.lori.batch import padded, prompt_and_target
-from red.lori.data import BOT, EOT, Row, encode_rows, same_answer
+from red.lori.data import Row, encode_rows, same_answer
 from red.lori.files import Facts
 from red.lori.generation import generate
-from red.lori.model import LatentModel
+from red.lori.model import LatentModel, special_ids
 
 
 def answer(model: LatentModel, tokenizer, rows: Sequence[Row], facts: Facts, *, batch_size: int = 64, max_new_tokens: int = 256) -> tuple[list[str], list[int]]:
@@ -25,7 +25,7 @@ def answer(model: LatentModel, tokenizer, rows: Sequence[Row], facts: Facts, *, 
         max_new_tokens: cut a model that does not end.
     """
     encoded = encode_rows([Row(row.question, (), "0") for row in rows], tokenizer, answer_prefix=facts.answer_prefix)
-    bot, eot = tokenizer.convert_tokens_to_ids([BOT, EOT]) if facts.target == "latent" else (None, None)
+    bot, eot = special_ids(tokenizer)
     order = sorted(range(len(rows)), key=lambda index: len(encoded[index].question))
     texts, counts = [""] * len(rows), [0] * len(rows)
     for start in range(0, len(rows), batch_size):

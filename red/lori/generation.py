@@ -54,7 +54,7 @@ class _Cached:
 
     def __init__(self, model: LatentModel, ids: Tensor, mask: Tensor):
         self.model = model
-        self.cache, self.mask, _ = model.think(ids, mask)
+        self.cache, self.mask, _ = model.think(ids, mask, latent_steps=model.latent_steps)
 
     def next(self, token: Tensor) -> Tensor:
         """Logits [B, V] after one more token [B, 1]."""

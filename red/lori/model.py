@@ -54,36 +54,37 @@ class LatentModel(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, target_mask: Tensor, *, explicit: bool = False,
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, target_mask: Tensor, *, latent_steps: int | None = None,
                 with_states: bool = False) -> Thought:
         """Logits of every target token, given the prompt, the latent steps and the target's tokens before it.
 
         Args:
             prompt_ids, prompt_mask: [B, P] padded on the left (mask 0); ends with the token that starts the latent steps.
             target_ids, target_mask: [B, N] padded on the right.
-            explicit: take no latent steps, whatever `latent_steps` is: the target is the explicit chain of thought.
+            latent_steps: another number of them than the model's own K; 0 is the plain model.
             with_states: also return the hidden states.
 
-        Logits at n say what comes after target token n; the first target token is given (`<eot>`, or the question's last token, see `red.lori.batch`).
+        Logits at n say what comes after target token n; the first target token is given (see `red.lori.batch`).
         """
-        if explicit or not self.latent_steps:
+        latent_steps = self.latent_steps if latent_steps is None else latent_steps
+        if not latent_steps:
             ids, mask = torch.cat([prompt_ids, target_ids], 1), torch.cat([prompt_mask, target_mask], 1)
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_hidden_states=with_states)
             start = prompt_ids.shape[1]
             return Thought(out.logits[:, start:], tuple(h[:, start:] for h in out.hidden_states) if with_states else None, None)
-        cache, mask, states = self.think(prompt_ids, prompt_mask, with_states=with_states)
+        cache, mask, states = self.think(prompt_ids, prompt_mask, latent_steps=latent_steps, with_states=with_states)
         mask = torch.cat([mask, target_mask], 1)
         out = self.model(input_ids=target_ids, attention_mask=mask, position_ids=positions(mask)[:, -target_ids.shape[1]:], past_key_values=cache,
                          use_cache=True, output_hidden_states=with_states)
         return Thought(out.logits, out.hidden_states, states)
 
-    def think(self, prompt_ids: Tensor, prompt_mask: Tensor, *, with_states: bool = False) -> tuple[DynamicCache, Tensor, Tensor | None]:
-        """Read the prompt and take the K latent steps: the cache, the mask [B, P + K] of what is in it, and the steps' states [B, L+1, K, d]."""
+    def think(self, prompt_ids: Tensor, prompt_mask: Tensor, *, latent_steps: int, with_states: bool = False) -> tuple[DynamicCache, Tensor, Tensor | None]:
+        """Read the prompt and take the latent steps: the cache, the mask [B, P + K] of what is in it, and the steps' states [B, L+1, K, d]."""
         cache, mask = DynamicCache(config=self.config), prompt_mask
         out = self.model(input_ids=prompt_ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True,
                          output_hidden_states=True, logits_to_keep=1)
         hidden, states = out.hidden_states[-1][:, -1:], []
-        for _ in range(self.latent_steps):
+        for _ in range(latent_steps):
             mask = F.pad(mask, (0, 1), value=1)
             out = self.model(inputs_embeds=self.next_input(hidden), attention_mask=mask, position_ids=positions(mask)[:, -1:], past_key_values=cache,
                              use_cache=True, output_hidden_states=True, logits_to_keep=1)
@@ -109,6 +110,12 @@ def build_projection(model: PreTrainedModel, dropout: float) -> nn.Sequential:
     built = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
     nn.init.constant_(built[-1].weight, float(weight.detach().float().std()))
     return built.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_cpu else weight.dtype)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """Ids of BOT and EOT, or None twice where the tokenizer does not know them."""
+    known = tokenizer.get_vocab()
+    return (known[BOT], known[EOT]) if BOT in known and EOT in known else (None, None)
 
 
 def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -36,33 +35,27 @@ PARTS = ("task", "rationale", "anchor", "cot")
 logger = logging.get_logger(__name__)
 
 
-class Rows(Dataset):
-    """Encoded rows and their numbers, which find their trajectories."""
+class Batches:
+    """Numbers of encoded rows into batches (`red.lori.batch.batch_of`), with the teacher's side and the explicit rows where the objective reads them."""
 
-    def __init__(self, encoded: Sequence[Encoded]):
-        self.encoded = encoded
+    def __init__(self, rows: Sequence[Encoded], args: LoRiConfig, tokens: dict[str, int | None], trajectories: Trajectories | None = None):
+        self.rows, self.args, self.tokens, self.trajectories = rows, args, tokens, trajectories
 
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, index: int) -> tuple[int, Encoded]:
-        return index, self.encoded[index]
-
-
-class Collator:
-    """(number, Encoded) pairs into a batch (`red.lori.batch.batch_of`), with the teacher's side and the explicit rows where the objective reads them."""
-
-    def __init__(self, args: LoRiConfig, pad: int, bot: int | None, eot: int | None, trajectories: Trajectories | None):
-        self.args, self.pad, self.bot, self.eot, self.trajectories = args, pad, bot, eot, trajectories
-
-    def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
-        rows = [row for _, row in items]
-        batch = batch_of(rows, self.args.target, pad=self.pad, bot=self.bot, eot=self.eot)
-        if self.trajectories is not None:
-            batch |= self.trajectories.batch([index for index, _ in items])
+    def __call__(self, numbers: Sequence[int], stage: int | None = None) -> dict[str, Tensor]:
+        """A batch in the curriculum's stage; None: after it."""
+        rows = [self.rows[number] for number in numbers]
+        batch = batch_of(rows, self.args.target, **self.tokens, hidden_steps=stage)
+        if self.trajectories is not None:  # the latent steps stand for the first steps only
+            lengths = None if stage is None else [len(row.rationale()) - len(row.rationale(stage)) for row in rows]
+            batch |= self.trajectories.batch(numbers, lengths)
         if self.args.cot_weight or (self.args.anchor_weight and self.args.anchor_teacher == "self"):
-            batch |= {f"cot_{name}": value for name, value in batch_of(rows, "explicit", pad=self.pad).items()}
+            batch |= {f"cot_{name}": value for name, value in batch_of(rows, "explicit", **self.tokens).items()}
         return batch
+
+
+def numbers_only(items: Sequence[int]) -> dict[str, Tensor]:
+    """The collator of the training: a batch is made when its step comes, for the curriculum's stage decides what is in it and batches are fetched ahead."""
+    return {"number": torch.tensor(items)}
 
 
 class LoRiTrainer(Trainer):
@@ -91,11 +84,11 @@ class LoRiTrainer(Trainer):
         if trajectories is not None and len(trajectories) != len(train_dataset):
             raise REDError(f"There are trajectories of {len(trajectories)} examples and {len(train_dataset)} training rows. Collect them from these rows.")
         self.trajectories = trajectories if args.needs_trajectories else None
-        collator = Collator(args, pad, bot, eot, self.trajectories)
-        # the evaluation has no trajectories: its loss is the task's
-        self._eval_collator = Collator(args, pad, bot, eot, None)
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=Rows(train_dataset),
-                         eval_dataset=None if eval_dataset is None else Rows(eval_dataset), processing_class=processing_class, **kwargs)
+        tokens = dict(pad=pad, bot=bot, eot=eot)
+        self._batches = Batches(train_dataset, args, tokens, self.trajectories)
+        self._eval_batches = Batches(eval_dataset or (), args, tokens)  # without trajectories: its loss is the task's
+        super().__init__(model=model, args=args, data_collator=numbers_only, train_dataset=range(len(train_dataset)),
+                         eval_dataset=None if eval_dataset is None else range(len(eval_dataset)), processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # the losses below divide by global counts
         self.latent_model = model
         self.anchor_layers = args.layers_of_anchor(model.config.num_hidden_layers + 1)
@@ -103,6 +96,7 @@ class LoRiTrainer(Trainer):
             self.subspace, self.anchor_std = trajectories.subspace.to(args.device), trajectories.anchor_std.to(args.device)[self.anchor_layers]
         self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0  # sums since the last log, and the steps they are of
         self._counts: Tensor | None = None
+        self._stage: int | None = None  # of the curriculum, in the running step
 
     # ---- the objective ----
 
@@ -112,12 +106,12 @@ class LoRiTrainer(Trainer):
         labels, examples = (self._counts if training and self._counts is not None else _counts([inputs])).to(args.device).unbind()
         share = len(inputs["labels"]) / examples
         aligning = training and args.target == "latent" and (args.rationale_weight > 0 or args.anchor_weight > 0)
-        thought = model(**_part(inputs), with_states=aligning)
+        thought = model(**_part(inputs), latent_steps=self._stage if training else None, with_states=aligning)
         task = _cross_entropy(thought.logits, inputs["labels"]) / labels
         rationale = anchor = cot = torch.zeros((), device=task.device)
         explicit = None
         if training and "cot_labels" in inputs:
-            explicit = model(**_part(inputs, "cot_"), explicit=True, with_states=True)
+            explicit = model(**_part(inputs, "cot_"), latent_steps=0, with_states=True)
             cot = _cross_entropy(explicit.logits, inputs["cot_labels"]) / labels  # in units of an answer's tokens, as the task
         if aligning and args.rationale_weight:
             g = self.subspace.coordinates(thought.latent_states)
@@ -143,7 +137,9 @@ class LoRiTrainer(Trainer):
         return torch.stack([states[layer][rows, place] for layer in self.anchor_layers], 1)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Count all micro-batches of the coming step, over all ranks; data parallel averages gradients, hence the world size."""
+        """Make all micro-batches of the coming step and count them, over all ranks; data parallel averages gradients, hence the world size."""
+        self._stage = self.args.stage(self.state.global_step, self.state.max_steps)
+        batch_samples[:] = [self._batches(batch["number"].tolist(), self._stage) for batch in batch_samples]
         counts = _counts(batch_samples).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
@@ -157,7 +153,7 @@ class LoRiTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training, self.data_collator = self.data_collator, self._eval_collator
+        training, self.data_collator = self.data_collator, self._eval_batches
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

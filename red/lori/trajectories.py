@@ -54,8 +54,11 @@ class SubspaceSettings:
     normalize_layers: bool = True
 
 
-def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0) -> Iterator[Trajectory]:
+def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0, bot: int | None = None, eot: int | None = None) -> Iterator[Trajectory]:
     """Trajectories in the order of `rows`; at no time more than a batch of states is held. Padding is in none of them.
+
+    Args:
+        bot, eot: the tokens around the teacher's rationale; None where it was trained without them.
 
     Raises:
         REDError: a row without steps.
@@ -65,25 +68,25 @@ def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int
         for place, row in enumerate(part, start):
             if not row.steps:
                 raise REDError(f"Row {place} has no steps, so its teacher has no trajectory. Give rows with steps, or a preset that needs none (no_cot, coconut).")
-        batch = {name: value.to(teacher.device) for name, value in batch_of(part, "explicit", pad=pad).items()}
+        batch = {name: value.to(teacher.device) for name, value in batch_of(part, "explicit", pad=pad, bot=bot, eot=eot).items()}
         ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"target_{name}"]], 1) for name in ("ids", "mask"))
         with evaluating(teacher):
             states = torch.stack(teacher(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_hidden_states=True,
                                          logits_to_keep=1).hidden_states, 1)
-        first = batch["prompt_ids"].shape[1] + 1  # of the target, the question's last token comes before the rationale
+        first = batch["prompt_ids"].shape[1] + 1  # one token of the target comes before the rationale
         for index, row in enumerate(part):
             anchor = first - 1 + int(batch["anchor"][index])
-            yield Trajectory(states[index, :, first : first + len(row.steps)], states[index, :, anchor])
+            yield Trajectory(states[index, :, first : first + len(row.rationale())], states[index, :, anchor])
 
 
-def cache_key(teacher: PreTrainedModel, rows: Sequence[Encoded], settings: SubspaceSettings) -> str:
+def cache_key(teacher: PreTrainedModel, rows: Sequence[Encoded], settings: SubspaceSettings, around: Sequence[int | None]) -> str:
     """SHA-256 of everything that decides a cache: the teacher's weights, the rows' tokens, the settings and the format."""
-    facts = [FORMAT, model_hash(teacher), rows_hash(rows), dataclasses.asdict(settings)]
+    facts = [FORMAT, model_hash(teacher), rows_hash(rows), dataclasses.asdict(settings), list(around)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def collect(teacher: PreTrainedModel, rows: Sequence[Encoded], folder: str | Path, settings: SubspaceSettings = SubspaceSettings(), *,
-            batch_size: int = 32, pad: int = 0) -> Trajectories:
+            batch_size: int = 32, pad: int = 0, bot: int | None = None, eot: int | None = None) -> Trajectories:
     """The trajectories of `rows`, from `folder` if it holds exactly these, else computed and written there.
 
     Args:
@@ -94,11 +97,12 @@ def collect(teacher: PreTrainedModel, rows: Sequence[Encoded], folder: str | Pat
         REDError: a row without steps, states that are not finite, or ranks that cannot be.
     """
     folder = Path(folder)
-    key = cache_key(teacher, rows, settings)
+    key = cache_key(teacher, rows, settings, (bot, eot))
+    reading = dict(batch_size=batch_size, pad=pad, bot=bot, eot=eot)
     if (found := _kept(folder, key)) is not None:
         return found
     (folder / INDEX).unlink(missing_ok=True)  # what follows overwrites the shards it names
-    grams = GramStream().extend(one.states for one in stream(teacher, rows, batch_size=batch_size, pad=pad))
+    grams = GramStream().extend(one.states for one in stream(teacher, rows, **reading))
     subspace, spectrum = fit_subspace(grams, **dataclasses.asdict(settings))
     scales, spread = ScaleStream(), _Spread()
     shards: list[int] = []
@@ -114,7 +118,7 @@ def collect(teacher: PreTrainedModel, rows: Sequence[Encoded], folder: str | Pat
         anchors.clear()
 
     held = 0
-    for one in stream(teacher, rows, batch_size=batch_size, pad=pad):
+    for one in stream(teacher, rows, **reading):
         g = subspace.coordinates(one.states).cpu()
         scales.add(g)
         spread.add(one.anchor)
@@ -163,9 +167,9 @@ class Trajectories:
         start, end = shard["bounds"][place : place + 2].tolist()
         return shard["g"][start:end], shard["anchors"][place]
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`teacher_g` [B, T, D], `teacher_mask` [B, T] bool, `teacher_anchor` [B, L+1, d] of several examples."""
-        found = [self[index] for index in indices]
+    def batch(self, indices: Sequence[int], lengths: Sequence[int | None] | None = None) -> dict[str, Tensor]:
+        """`teacher_g` [B, T, D], `teacher_mask` [B, T] bool, `teacher_anchor` [B, L+1, d] of several examples; of each trajectory the first `lengths` points."""
+        found = [(g[:length], anchor) for (g, anchor), length in zip((self[index] for index in indices), lengths or [None] * len(indices), strict=True)]
         longest = max(len(g) for g, _ in found)
         g = found[0][0].new_zeros(len(found), longest, self.subspace.size)
         mask = torch.zeros(len(found), longest, dtype=torch.bool)
