@@ -9,6 +9,7 @@ from pathlib import Path
 
 from red.errors import REDError
 from red.files import HALF_LAYERS, START_FILE, require_existing
+from red.lori import command as lori_command
 
 DESCRIPTION = """\
 Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (the student) that keeps its multi-step reasoning.
@@ -17,6 +18,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
   red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
+  red lori       reasoning in latent steps instead of a written chain of thought
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """
 
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
-        if rest and options.run not in (distill, compress):
+        if rest and options.run not in (distill, compress, lori_command.lori):
             raise REDError(f"red {options.command} does not know {rest[0]!r}. See red {options.command} -h.")
         options.rest = rest
         options.run(options)
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(options: argparse.Namespace) -> None:
+    if options.method == "lori":
+        return lori_command.demo(options)
     from red.demo import run_demo
 
     # only what was said: the defaults are run_demo's own
@@ -232,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command(demo, "demo", "the embedded example", "Distil the embedded teacher from several starts at equal tokens and compare them.\n\n"
                     "  red demo\n  red demo --steps 30 --output_dir runs/quick")
+    option(added, "method", choices=("red", "lori"), default="red", help="red: narrower students; lori: latent reasoning, into runs/demo-lori [red]")
     option(added, "output_dir", default="runs/demo", metavar="DIR", help="gets results.json, report.html and student/ [runs/demo]")
     option(added, "overwrite", action="store_true", help="replace an earlier demo in DIR, once this one has succeeded")
     option(added, "steps", type=int, help="optimiser steps of every student")
@@ -253,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "calibration", metavar="FILE", help="channel statistics that red.calibrate(...).save wrote [taken on the text]")
     option(added, "dtype", metavar="DTYPE", help="of the weights: float32, bfloat16 or float16 [the loaded teacher's]")
     option(added, "dry_run", action="store_true", help="print the forecast of time and memory, and stop; no weight is read")
+
+    lori_command.register(command)
 
     added = command(erank, "erank", "effective rank per layer", "Print the effective rank of the models' hidden states, layer by layer and side by side.\n\n"
                     "  red erank path/to/teacher run/student --data held_out.txt --plot erank.svg\n\nCompare only at equal text and --max-tokens: the rank grows with them.")

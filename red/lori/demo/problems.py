@@ -1,7 +1,7 @@
 """The example's problems: follow a table of eight numbers for one to five hops.
 
     question   5 2 0 6 3 0 7 3 1 4 6 1 4 7 2 5 , 3 2 :        each pair says where a number leads; start at 3, two hops
-    steps      3 > 0    0 > 6
+    steps      3 0    0 6
     answer     6
 
 The table is one cycle through all eight numbers, its pairs in random order, so no number comes twice and guessing is right once in eight. One hop is a look-up that two
@@ -35,7 +35,7 @@ def build_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", BOT, EOT, "=", ":", ",", ">", *map(str, range(NUMBERS))]
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", BOT, EOT, "=", ":", ",", *map(str, range(NUMBERS))]
     ids = {word: index for index, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -53,4 +53,4 @@ def _draw(rng: random.Random, hops: int) -> Row:
     for _ in range(hops):
         path.append(follows[path[-1]])
     table = " ".join(f"{number} {follows[number]}" for number in pairs)
-    return Row(f"{table} , {path[0]} {hops} :", tuple(f"{a} > {b}" for a, b in zip(path, path[1:])), str(path[-1]))
+    return Row(f"{table} , {path[0]} {hops} :", tuple(f"{a} {b}" for a, b in zip(path, path[1:])), str(path[-1]))

@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the explicit teacher of LoRi's embedded example on one CPU thread.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and training.json; must not exist")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the problems")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="AdamW's peak (default: %(default)s)")
     args = parser.parse_args()
     record = train(args.out, seed=args.seed, steps=args.steps, learning_rate=args.learning_rate)
