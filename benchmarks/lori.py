@@ -54,7 +54,8 @@ def tune(results: Path = RESULTS, rates: Path = RATES) -> None:
     best = {method: max(found, key=found.get) for method, found in scores.items()}
     best |= {method: best["lori"] for method in METHODS if method.startswith("lori_")}
     atomic_write_json(rates, {"what": "best of the grid by validation accuracy at seed 0; the ablations take LoRi's", "grid": GRID,
-                              "validation": {method: {f"{rate:g}": score for rate, score in found.items()} for method, found in scores.items()}, "rates": best})
+                              "rates": best,
+                              "validation": {method: {f"{rate:g}": score for rate, score in found.items()} for method, found in scores.items()}})
 
 
 def full_table(results: Path = RESULTS, seeds=SEEDS) -> None:
@@ -72,14 +73,16 @@ def corners(results: Path = RESULTS, steps: int = 600) -> None:
     rate, found = learning_rates()["lori"], {}
     teacher, tokenizer, _ = load(teacher_path(), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as place:
-        texts = [{"prompt": row.question, "completion": f" <bot> {' '.join(row.steps)} <eot> {ANSWER_PREFIX} {row.answer}"} for row in problems("train", 6400, 7)]
-        narrowed = red.distill(teacher_path(), texts, hidden_size=NARROW, output_dir=f"{place}/red", max_length=128, per_device_train_batch_size=16, max_steps=steps,
-                               learning_rate=2e-3, warmup_steps=30, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0)
+        texts = [{"prompt": row.question, "completion": f" <bot> {' '.join(row.steps)} <eot> {ANSWER_PREFIX} {row.answer}"}
+                 for row in problems("train", 6400, 7)]
+        narrowed = red.distill(teacher_path(), texts, hidden_size=NARROW, output_dir=f"{place}/red", max_length=128, per_device_train_batch_size=16,
+                               max_steps=steps, learning_rate=2e-3, warmup_steps=30, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0)
         save(f"{place}/narrow", LatentModel(narrowed.student, latent_steps=0), tokenizer, Facts("explicit", 0, False, ANSWER_PREFIX, "explicit_cot"))
         for name, folder in (("teacher", teacher_path()), ("student", f"{place}/narrow")):
             for kind, method in (("explicit", "explicit_cot"), ("latent", "lori")):
                 outcome = run_method(MethodRun(method, rate), teacher=folder, trajectories=f"{place}/{name}")
-                found[f"{name} {kind}"] = {key: outcome[key] for key in ("accuracy", "accuracy_by_steps", "tokens", "latent_steps", "parameters", "latency_ms", "train_seconds")}
+                kept_keys = ("accuracy", "accuracy_by_steps", "tokens", "latent_steps", "parameters", "latency_ms", "train_seconds")
+                found[f"{name} {kind}"] = {key: outcome[key] for key in kept_keys}
                 print(f"{name} {kind}: {found[f'{name} {kind}']}", flush=True)
     _write(results, {"corners": {"hidden_size": [teacher.config.hidden_size, NARROW], "narrowed_by": f"red.distill, start fitted, {steps} steps", **found}})
 

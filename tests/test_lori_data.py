@@ -32,7 +32,8 @@ def test_datasets(tmp_path):
         load_rows(tmp_path / "splits")
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(None, ()), ("", ()), ([" a ", "", "b"], ("a", "b")), ("a = 1\nb = 2\n", ("a = 1", "b = 2")), ("x <<1+1=2>>2<<2*3=6>>6", ("<<1+1=2>>", "<<2*3=6>>"))])
+@pytest.mark.parametrize(("steps", "expected"), [
+    (None, ()), ("", ()), ([" a ", "", "b"], ("a", "b")), ("a = 1\nb = 2\n", ("a = 1", "b = 2")), ("x <<1+1=2>>2<<2*3=6>>6", ("<<1+1=2>>", "<<2*3=6>>"))])
 def test_steps(steps, expected):
     assert split_steps(steps) == expected
 
@@ -59,7 +60,8 @@ def test_bad_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("said", "right", "expected"), [
     ("The answer is: 1,234.50", "1234.5", True), ("The answer is: 12", "21", False), ("3 * 4 = 12 The answer is: -7.0", "-7", True), ("7 The answer is:", "7", False),
-    ("about 12 apples", "12", True), ("nothing", "12", False), ("The answer is: yes it is", "yes it is", True), ("12", "yes", False), ("0", "-0", True), ("1e3", "1000", False)])
+    ("about 12 apples", "12", True), ("nothing", "12", False), ("The answer is: yes it is", "yes it is", True), ("12", "yes", False), ("0", "-0", True),
+    ("1e3", "1000", False)])
 def test_answers_are_compared_as_numbers(said, right, expected):
     assert same_answer(said, right, "The answer is:") is expected
 
@@ -77,7 +79,8 @@ def test_what_a_model_reads_and_says():
     assert prompt_and_target(row, "latent", 64, 65) == ([table, three, nine, 64], [65, answer, colon, five, 2])
     assert prompt_and_target(row, "explicit", 64, 65) == ([table, three, nine], [64, nine, five, 65, answer, colon, five, 2])
     assert prompt_and_target(row, "latent", 64, 65, hidden_steps=1) == ([table, three, nine, 64], [65, five, answer, colon, five, 2])
-    for settings in (dict(target="explicit"), dict(target="explicit", bot=64, eot=65), dict(target="none"), dict(target="latent", bot=64, eot=65, hidden_steps=1)):
+    for settings in (dict(target="explicit"), dict(target="explicit", bot=64, eot=65), dict(target="none"),
+                     dict(target="latent", bot=64, eot=65, hidden_steps=1)):
         batch = batch_of([row], pad=0, **settings)
         assert batch["target_ids"][0, batch["anchor"][0]] == colon
     (shorter,) = encode_rows([Row("table 3 9", ("9", "5"), "5")], tokenizer, answer_prefix=PREFIX, drop_last_step=True)

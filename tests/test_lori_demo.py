@@ -55,8 +55,8 @@ def test_the_spectrum_and_its_control():
 
 
 def outcome(run: MethodRun, **_) -> dict:
-    return {"accuracy": 0.5 + 0.1 * run.seed, "accuracy_by_steps": {"1": 1.0, "2": 0.2 * run.seed}, "latency_ms": 3.0, "tokens": 2.0, "latent_steps": 5, "train_seconds": 1.0,
-            "settings": {"seed": run.seed, "learning_rate": run.learning_rate}}
+    return {"accuracy": 0.5 + 0.1 * run.seed, "accuracy_by_steps": {"1": 1.0, "2": 0.2 * run.seed}, "latency_ms": 3.0, "tokens": 2.0, "latent_steps": 5,
+            "train_seconds": 1.0, "settings": {"seed": run.seed, "learning_rate": run.learning_rate}}
 
 
 def test_results_in_the_promised_form(tmp_path, monkeypatch):
@@ -97,8 +97,8 @@ def folder(tmp_path, tiny_teacher):
 
 
 def test_the_command(folder, capsys):
-    arguments = ["lori", "--teacher_model_name_or_path", folder / "teacher", "--train-file", folder / "rows.jsonl", "--output_dir", folder / "run", "--answer_prefix", PREFIX,
-                 "--max_steps=2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "--eval_file", folder / "rows.jsonl", "--latent_steps", "2"]
+    arguments = ["lori", "--teacher_model_name_or_path", folder / "teacher", "--train-file", folder / "rows.jsonl", "--output_dir", folder / "run",
+                 "--answer_prefix", PREFIX, "--max_steps=2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "--eval_file", folder / "rows.jsonl", "--latent_steps", "2"]
     assert main([str(argument) for argument in arguments]) == 0
     assert "eval_loss" in capsys.readouterr().out and load(folder / "run" / "student")[2].latent_steps == 2
     for changed, message in ((["--preset", "lora"], "preset='lora' is no method"), (["--train_file", "missing.jsonl"], "missing.jsonl"), ([], "not empty")):

@@ -1,4 +1,6 @@
-"""LoRi: a student that reasons in a few latent steps instead of writing its chain of thought (after arXiv 2606.05315; docs/lori.md says what is the paper's and what is ours).
+"""LoRi: a student that reasons in a few latent steps instead of writing its chain of thought (after arXiv 2606.05315).
+
+docs/lori.md says what is the paper's and what is ours.
 
     result = red.distill("path/to/explicit-cot-teacher", "problems.jsonl", method="lori", output_dir="run")
     model, tokenizer, facts = red.lori.load("run/student")

@@ -12,7 +12,8 @@ from red.lori.data import TARGETS, Encoded
 from red.packing import IGNORE
 
 
-def prompt_and_target(row: Encoded, target: str, bot: int | None = None, eot: int | None = None, *, hidden_steps: int | None = None) -> tuple[list[int], list[int]]:
+def prompt_and_target(row: Encoded, target: str, bot: int | None = None, eot: int | None = None, *,
+                      hidden_steps: int | None = None) -> tuple[list[int], list[int]]:
     """What a row's model reads first, and what it reads and says then. The first token of the target is given, the others are to be said.
 
     Args:
@@ -28,7 +29,8 @@ def prompt_and_target(row: Encoded, target: str, bot: int | None = None, eot: in
     return row.question[:-1], [row.question[-1], *(row.rationale() if target == "explicit" else []), *said]
 
 
-def batch_of(rows: Sequence[Encoded], target: str, *, pad: int, bot: int | None = None, eot: int | None = None, hidden_steps: int | None = None) -> dict[str, Tensor]:
+def batch_of(rows: Sequence[Encoded], target: str, *, pad: int, bot: int | None = None, eot: int | None = None,
+             hidden_steps: int | None = None) -> dict[str, Tensor]:
     """A batch of B rows; see `prompt_and_target`.
 
     Returns:

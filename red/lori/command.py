@@ -14,8 +14,8 @@ Train a student that reasons in a few latent steps instead of writing its chain 
   red lori --preset explicit_cot ... --output_dir teacher               fine-tunes the explicit teacher that the others learn from
   red lori --config run.yaml --resume                                   goes on from the last checkpoint in output_dir
 
-A row of the data is {"question": ..., "steps": ["<<3*4=12>>", ...], "answer": "12"}. Every setting below works in the file and, as --setting value, on the command
-line. So does every other field of transformers' TrainingArguments. docs/lori.md says which parts are the paper's.
+A row of the data is {"question": ..., "steps": ["<<3*4=12>>", ...], "answer": "12"}. Every setting below works in the file and,
+as --setting value, on the command line. So does every other field of transformers' TrainingArguments. docs/lori.md says which parts are the paper's.
 """
 
 
@@ -71,7 +71,8 @@ class _Help(argparse.Action):
 
 def register(command) -> None:
     """Add `red lori` by the function that adds a command to red's parser."""
-    added = command(lori, "lori", "explicit teacher + problems -> latent reasoning", LORI, add_help=False, usage="red lori [--config FILE] [--setting value ...]")
+    added = command(lori, "lori", "explicit teacher + problems -> latent reasoning", LORI, add_help=False,
+                    usage="red lori [--config FILE] [--setting value ...]")
     added.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
     added.add_argument("--config", metavar="FILE", help="YAML file of settings")
     added.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")

@@ -10,8 +10,8 @@ from red.errors import REDError
 from red.lori.data import TARGETS
 from red.lori.losses import DISTANCES
 
-_LATENT = dict(target="latent", latent_steps=5, projection=True, rationale_weight=0.0, second_order_weight=1.0, anchor_weight=0.0, cot_weight=0.0, anchor_teacher="offline",
-               curriculum=0.0)
+_LATENT = dict(target="latent", latent_steps=5, projection=True, rationale_weight=0.0, second_order_weight=1.0, anchor_weight=0.0, cot_weight=0.0,
+               anchor_teacher="offline", curriculum=0.0)
 PRESETS = {  # name -> the settings it stands for; any that is given wins
     "lori": {**_LATENT, "rationale_weight": 1.0, "anchor_weight": 1.0},
     "lori_no_anchor": {**_LATENT, "rationale_weight": 1.0},
@@ -132,6 +132,7 @@ class LoRiConfig(TrainingArguments):
         require(self.lora_rank >= 0, "lora_rank", "must not be negative; 0 trains all weights")
         require(not self.fsdp, "fsdp", "latent steps under FSDP are not supported yet; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "latent steps under DeepSpeed are not supported yet; use one GPU, or data parallel (torchrun)")
-        require(not self.gradient_checkpointing, "gradient_checkpointing", "it turns off the key/value cache that latent steps live on; use a smaller micro-batch")
+        require(not self.gradient_checkpointing, "gradient_checkpointing",
+                "it turns off the key/value cache that latent steps live on; use a smaller micro-batch")
         require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; rows are not columns of the model")
         require(self.label_smoothing_factor == 0, "label_smoothing_factor", "must be 0; the losses are red's own")

@@ -60,7 +60,8 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
     source = train_data if train_data is not None else config.train_file or _named_dataset(config)
     if teacher is None or source is None:
-        raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) and train_data (or train_file, or dataset_name).")
+        raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
+                       "and train_data (or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
         require_empty_output(config.output_dir, ignoring=(TRAJECTORIES,))
@@ -80,6 +81,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         trajectories = _collect(teacher, encoded, config, tokenizer)
     set_seed(config.seed)  # the projection and the new tokens are drawn
     plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
+    teacher = None  # its states are on the disk; its memory is free, unless the caller holds it
     tokenizer = copy.deepcopy(tokenizer)
     bot, eot = add_special_tokens(plain, tokenizer) if config.target != "none" else (None, None)
     model = LatentModel(plain, latent_steps=config.latent_steps, projection=config.projection, dropout=config.projection_dropout)
@@ -121,7 +123,8 @@ def _student(given, teacher: PreTrainedModel, config: LoRiConfig) -> PreTrainedM
     plain = given if isinstance(given, PreTrainedModel) else _loaded(given, config).float()
     sizes = [(one.config.num_hidden_layers, one.config.hidden_size) for one in (plain, teacher)]
     if config.needs_trajectories and sizes[0] != sizes[1]:
-        raise REDError(f"The student has {sizes[0][0]} layers of width {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}: their states cannot be compared. "
+        raise REDError(f"The student has {sizes[0][0]} layers of width {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}: their states "
+                       "cannot be compared. "
                        "Take the same base model for both; to make it narrower use red.compress or red.distill first, on the teacher.")
     return plain
 
@@ -131,7 +134,8 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
     if config.needs_trajectories or config.cot_weight or config.target == "explicit":
         for place, row in enumerate(encoded):
             if not row.steps:
-                raise REDError(f"Row {place} has no steps, and preset={config.preset!r} learns from them. Give rows with steps, or use preset=no_cot or coconut.")
+                raise REDError(f"Row {place} has no steps, and preset={config.preset!r} learns from them. "
+                               "Give rows with steps, or use preset=no_cot or coconut.")
 
 
 def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):

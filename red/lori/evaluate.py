@@ -17,7 +17,8 @@ from red.lori.generation import generate
 from red.lori.model import LatentModel, special_ids
 
 
-def answer(model: LatentModel, tokenizer, rows: Sequence[Row], facts: Facts, *, batch_size: int = 64, max_new_tokens: int = 256) -> tuple[list[str], list[int]]:
+def answer(model: LatentModel, tokenizer, rows: Sequence[Row], facts: Facts, *, batch_size: int = 64,
+           max_new_tokens: int = 256) -> tuple[list[str], list[int]]:
     """What the model says to each question, as text, and how many tokens that is (latent steps and the end token not counted).
 
     Args:

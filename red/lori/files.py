@@ -68,7 +68,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: torch
     except TypeError as error:
         raise REDError(f"{folder / FACTS} is not of this version of red: {error}.") from error
     if facts.version != 1 or facts.target not in TARGETS:
-        raise REDError(f"{folder / FACTS} has version={facts.version}, target={facts.target!r}; this red reads version 1 with {', '.join(TARGETS)}. Update red.")
+        raise REDError(f"{folder / FACTS} has version={facts.version}, target={facts.target!r}; this red reads version 1 with {', '.join(TARGETS)}. "
+                       "Update red.")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if facts.target == "latent" and tokenizer.unk_token_id in tokenizer.convert_tokens_to_ids([BOT, EOT]):
         raise REDError(f"The tokenizer in {folder} does not know {BOT} and {EOT}. Save the tokenizer that the model was trained with.")

@@ -20,7 +20,8 @@ class Said:
     passes: int  # forward passes of the model, the prompt's included
 
 
-def generate(model: LatentModel, prompt_ids: Tensor, prompt_mask: Tensor, first: Tensor, *, max_new_tokens: int, eos_ids: set[int], cached: bool = True) -> Said:
+def generate(model: LatentModel, prompt_ids: Tensor, prompt_mask: Tensor, first: Tensor, *, max_new_tokens: int, eos_ids: set[int],
+             cached: bool = True) -> Said:
     """Greedy, batched, stopping when every row has ended.
 
     Args:

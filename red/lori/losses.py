@@ -49,8 +49,8 @@ def anchor_loss(student: Tensor, teacher: Tensor, std: Tensor, *, distance: str 
 
     Args:
         student, teacher: [B, A, d] states of the last token before the answer in A layers; no gradient goes to the teacher's.
-        std: [A] the standard deviation of the teacher's anchor states in each layer, over examples and channels together: per channel it would be next to nothing
-            wherever a state follows from its token alone, as in the first layers.
+        std: [A] the standard deviation of the teacher's anchor states in each layer, over examples and channels together: per channel it would be
+            next to nothing wherever a state follows from its token alone, as in the first layers.
     """
     if distance not in DISTANCES:
         raise REDError(f"anchor_distance={distance!r}: use one of {', '.join(DISTANCES)}.")

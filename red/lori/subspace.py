@@ -2,9 +2,10 @@
 
     H [L+1, T, d]  ≈  U_L (U_Lᵀ H U_d) U_dᵀ,      g_t = vec(U_Lᵀ H_t U_d)  [r_L · r_d]
 
-`U_L [L+1, r_L]` and `U_d [d, r_d]` are the leading eigenvectors of the two Gram matrices of the pooled trajectories, Σ_t H_t H_tᵀ and Σ_t H_tᵀ H_t: the left singular
-vectors of the unfoldings, which is HOSVD (De Lathauwer, De Moor, Vandewalle 2000). The Gram matrices are sums over tokens, so they are taken in a stream.
-That the teacher's trajectories are low-rank and that alignment happens in a shared subspace is LoRi's (arXiv 2606.05315); how the factors are made is our reconstruction.
+`U_L [L+1, r_L]` and `U_d [d, r_d]` are the leading eigenvectors of the two Gram matrices of the pooled trajectories, Σ_t H_t H_tᵀ and Σ_t H_tᵀ H_t: the
+left singular vectors of the unfoldings, which is HOSVD (De Lathauwer, De Moor, Vandewalle 2000). The Gram matrices are sums over tokens, so they are taken in
+a stream. That the teacher's trajectories are low-rank and that alignment happens in a shared subspace is LoRi's (arXiv 2606.05315); how the factors are made is
+our reconstruction.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def fit_subspace(stream: GramStream, *, energy: float = 0.9, rank_layers: int | 
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         rank = rank_of(values, energy) if rank is None else rank
         if not 1 <= rank <= len(values):
-            raise REDError(f"{name}={rank}: must lie between 1 and {len(values)}, the teacher's {'layers and its embedding' if name == 'rank_layers' else 'hidden size'}.")
+            what = "layers and its embedding" if name == "rank_layers" else "hidden size"
+            raise REDError(f"{name}={rank}: must lie between 1 and {len(values)}, the teacher's {what}.")
         spectra.append(values)
         factors.append(vectors[:, :rank].float().contiguous())
     return Subspace(*factors, scale.float()), Spectrum(*spectra)

@@ -184,7 +184,8 @@ class LoRiTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path = Path(resume_from_checkpoint) / STATE
         if not path.is_file():
-            raise REDError(f"{resume_from_checkpoint} has no {STATE}: it is not a checkpoint of a LoRiTrainer. Resume from a checkpoint-N folder that red lori wrote.")
+            raise REDError(f"{resume_from_checkpoint} has no {STATE}: it is not a checkpoint of a LoRiTrainer. "
+                           "Resume from a checkpoint-N folder that red lori wrote.")
         try:
             state = load_file(path)
         except SafetensorError as error:
@@ -192,7 +193,8 @@ class LoRiTrainer(Trainer):
         trained = {name: value for name, value in self.latent_model.named_parameters() if value.requires_grad}
         if different := sorted(name for name in trained.keys() | state.keys()
                                if name not in trained or name not in state or trained[name].shape != state[name].shape):
-            raise REDError(f"{path} is of another model or another preset: {different[0]} differs{f', and {len(different) - 1} more' if different[1:] else ''}. "
+            more = f", and {len(different) - 1} more" if different[1:] else ""
+            raise REDError(f"{path} is of another model or another preset: {different[0]} differs{more}. "
                            "Resume with the settings of the first run.")
         with torch.no_grad():
             for name, value in trained.items():

@@ -54,7 +54,8 @@ class SubspaceSettings:
     normalize_layers: bool = True
 
 
-def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0, bot: int | None = None, eot: int | None = None) -> Iterator[Trajectory]:
+def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0, bot: int | None = None,
+           eot: int | None = None) -> Iterator[Trajectory]:
     """Trajectories in the order of `rows`; at no time more than a batch of states is held. Padding is in none of them.
 
     Args:
@@ -67,7 +68,8 @@ def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int
         part = rows[start : start + batch_size]
         for place, row in enumerate(part, start):
             if not row.steps:
-                raise REDError(f"Row {place} has no steps, so its teacher has no trajectory. Give rows with steps, or a preset that needs none (no_cot, coconut).")
+                raise REDError(f"Row {place} has no steps, so its teacher has no trajectory. "
+                               "Give rows with steps, or a preset that needs none (no_cot, coconut).")
         batch = {name: value.to(teacher.device) for name, value in batch_of(part, "explicit", pad=pad, bot=bot, eot=eot).items()}
         ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"target_{name}"]], 1) for name in ("ids", "mask"))
         with evaluating(teacher):
@@ -168,7 +170,7 @@ class Trajectories:
         return shard["g"][start:end], shard["anchors"][place]
 
     def batch(self, indices: Sequence[int], lengths: Sequence[int | None] | None = None) -> dict[str, Tensor]:
-        """`teacher_g` [B, T, D], `teacher_mask` [B, T] bool, `teacher_anchor` [B, L+1, d] of several examples; of each trajectory the first `lengths` points."""
+        """`teacher_g` [B, T, D], `teacher_mask` [B, T] bool, `teacher_anchor` [B, L+1, d] of several examples; of each the first `lengths` points."""
         found = [(g[:length], anchor) for (g, anchor), length in zip((self[index] for index in indices), lengths or [None] * len(indices), strict=True)]
         longest = max(len(g) for g, _ in found)
         g = found[0][0].new_zeros(len(found), longest, self.subspace.size)

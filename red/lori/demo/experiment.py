@@ -40,7 +40,8 @@ def teacher_path() -> str:
     return str(files(__package__) / "teacher")
 
 
-def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = None, trajectories: str | Path | None = None, keep: str | Path | None = None) -> dict:
+def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = None, trajectories: str | Path | None = None,
+               keep: str | Path | None = None) -> dict:
     """Train a student by one method, starting from the teacher's weights, and score it.
 
     Args:
@@ -69,7 +70,8 @@ def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = Non
                                  disable_tqdm=True, seed=run.seed, use_cpu=True, teacher_dtype="float32",
                                  trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}")
                 model, facts = result.model.eval(), result.trainer.facts
-                history = [{key: entry[key] for key in ("step", "loss", "task", "rationale", "anchor")} for entry in result.trainer.state.log_history if "loss" in entry]
+                history = [{key: entry[key] for key in ("step", "loss", "task", "rationale", "anchor")}
+                           for entry in result.trainer.state.log_history if "loss" in entry]
                 if keep is not None:
                     shutil.copytree(result.path, keep)
         seconds = time.perf_counter() - began
@@ -78,6 +80,6 @@ def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = Non
         score["latency_ms"] = latency(model, tokenizer, held_out[:LATENCY_PROBLEMS], facts)
     finally:
         torch.set_num_threads(threads)
-    return {**score, "latent_steps": facts.latent_steps, "parameters": sum(p.numel() for p in model.parameters()), "train_seconds": seconds, "settings": asdict(run),
-            "preset": PRESETS[run.method], "history": history}
+    return {**score, "latent_steps": facts.latent_steps, "parameters": sum(p.numel() for p in model.parameters()), "train_seconds": seconds,
+            "settings": asdict(run), "preset": PRESETS[run.method], "history": history}
 

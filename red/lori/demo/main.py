@@ -63,7 +63,8 @@ def run_demo(output_dir: str | Path = "runs/demo-lori", *, methods: Sequence[str
     folder = OutputFolder(output_dir, overwrite=overwrite)
     try:
         given = {} if steps is None else {"steps": steps}
-        log(f"Follow a table of {NUMBERS} numbers for 1 to 5 hops. Students start from the teacher's weights; {steps or MethodRun.steps} steps of {MethodRun.batch} problems each.")
+        log(f"Follow a table of {NUMBERS} numbers for 1 to 5 hops. "
+            f"Students start from the teacher's weights; {steps or MethodRun.steps} steps of {MethodRun.batch} problems each.")
         results = {}
         for method in methods:
             runs = [run_method(MethodRun(method, rates.get(method, 0.0), seed=seed, **given), trajectories=folder.staging / "cache")
@@ -86,7 +87,8 @@ def run_demo(output_dir: str | Path = "runs/demo-lori", *, methods: Sequence[str
 def summary(runs: Sequence[dict]) -> dict:
     """Means over the seeds; `spread` is the largest accuracy less the smallest."""
     scores = [run["accuracy"] for run in runs]
-    return {"accuracy": fmean(scores), "accuracy_by_steps": {steps: fmean(run["accuracy_by_steps"][steps] for run in runs) for steps in runs[0]["accuracy_by_steps"]},
+    by_steps = {steps: fmean(run["accuracy_by_steps"][steps] for run in runs) for steps in runs[0]["accuracy_by_steps"]}
+    return {"accuracy": fmean(scores), "accuracy_by_steps": by_steps,
             "latency_ms": fmean(run["latency_ms"] for run in runs), "tokens": fmean(run["tokens"] for run in runs), "latent_steps": runs[0]["latent_steps"],
             "seeds": [run["settings"]["seed"] for run in runs], "spread": max(scores) - min(scores), "learning_rate": runs[0]["settings"]["learning_rate"],
             "train_seconds": fmean(run["train_seconds"] for run in runs), "runs": list(runs)}
@@ -107,16 +109,16 @@ def low_rank_sentence(found: dict) -> str:
     """What the spectra say."""
     ranks = {name: [found[name][mode]["rank_90"] for mode in ("channels", "layers")] for name in ("trajectories", "shuffled")}
     layers, channels = found["shape"]
-    return (f"90 % of the energy of the teacher's trajectories lies in {ranks['trajectories'][0]} of {channels} channel directions and {ranks['trajectories'][1]} of {layers} "
-            f"layer directions; with every channel shuffled over the tokens it takes {ranks['shuffled'][0]} and {ranks['shuffled'][1]}.")
+    return (f"90 % of the energy of the teacher's trajectories lies in {ranks['trajectories'][0]} of {channels} channel directions "
+            f"and {ranks['trajectories'][1]} of {layers} layer directions; with every channel shuffled over the tokens it takes {ranks['shuffled'][0]} and {ranks['shuffled'][1]}.")
 
 
 def line(method: str, result: dict) -> str:
     """One method as a row of the table."""
     by_steps = " ".join(f"{100 * share:5.0f}" for share in result["accuracy_by_steps"].values())
     spread = f"±{50 * result['spread']:.1f}" if len(result["seeds"]) > 1 else ""
-    return (f"{LABELS[method]:<23} {100 * result['accuracy']:6.1f} {spread:<5} {by_steps}  {result['tokens']:6.1f} {result['latent_steps']:7d} {result['latency_ms']:9.1f}"
-            f" {result['train_seconds']:8.0f}")
+    return (f"{LABELS[method]:<23} {100 * result['accuracy']:6.1f} {spread:<5} {by_steps}  {result['tokens']:6.1f} {result['latent_steps']:7d} "
+            f"{result['latency_ms']:9.1f} {result['train_seconds']:8.0f}")
 
 
 def table(results: dict) -> str:

@@ -42,15 +42,17 @@ def train(folder: Path, *, seed: int, steps: int, learning_rate: float) -> dict:
     torch.set_num_threads(1)  # sums in one order: the same bits every time
     tokenizer, began = build_tokenizer(), time.time()
     with tempfile.TemporaryDirectory() as place:
-        result = distill(build_model(tokenizer, seed), problems("train", steps * BATCH, seed), tokenizer=tokenizer, preset="explicit_cot", output_dir=f"{place}/run",
+        result = distill(build_model(tokenizer, seed), problems("train", steps * BATCH // 3, seed), tokenizer=tokenizer, preset="explicit_cot",
+                         output_dir=f"{place}/run",
                          answer_prefix=ANSWER_PREFIX, per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=learning_rate, adam_beta2=0.98,
-                         weight_decay=0.01, warmup_steps=50, lr_scheduler_type="linear", logging_steps=100, save_strategy="no", report_to="none", seed=seed, use_cpu=True)
+                         weight_decay=0.01, warmup_steps=50, lr_scheduler_type="warmup_stable_decay",
+                         lr_scheduler_kwargs={"num_decay_steps": steps * 3 // 10}, logging_steps=100, save_strategy="no", report_to="none", seed=seed, use_cpu=True)
         seconds = time.time() - began
         shutil.copytree(result.path, folder)
     scores = {split: accuracy(result.model, tokenizer, problems(split, 500), result.trainer.facts) for split in ("validation", "test")}
     record = {"command": " ".join(["python -m red.lori.demo.train_teacher", *sys.argv[1:]]), "seed": seed, "steps": steps, "batch": BATCH,
-              "learning_rate": learning_rate, "seconds": round(seconds), "parameters": sum(p.numel() for p in result.model.parameters()), "problems_per_figure": 500,
-              "scores": scores, "commit": commit(), "device": f"{device('cpu')}, 1 thread", "versions": versions()}
+              "learning_rate": learning_rate, "seconds": round(seconds), "problems_per_figure": 500,
+              "parameters": sum(p.numel() for p in result.model.parameters()), "scores": scores, "commit": commit(), "device": f"{device('cpu')}, 1 thread", "versions": versions()}
     write_json(folder / "training.json", record)
     return record
 
@@ -59,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the explicit teacher of LoRi's embedded example on one CPU thread.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and training.json; must not exist")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the problems")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="AdamW's peak (default: %(default)s)")
     args = parser.parse_args()
     record = train(args.out, seed=args.seed, steps=args.steps, learning_rate=args.learning_rate)
