@@ -1,7 +1,7 @@
 """LoRi and its baselines on the embedded example, and RED then LoRi: `python -m benchmarks.lori tune|table|corners`.
 
-    tune      every method with every learning rate of the same grid, scored on the validation split: red/lori/demo/learning_rates.json
-    table     every method at its rate, several seeds, scored on the test split
+    tune      every method with every learning rate of the same grid, the best on the validation split: red/lori/demo/learning_rates.json
+    table     every method at its rate, several seeds, on the test split
     corners   the teacher narrowed by RED, then both made latent by LoRi: accuracy, parameters, latency
 The last two write their part of benchmarks/results/lori.json. Every run is kept in benchmarks/results/lori_runs.jsonl and not made again.
 """
@@ -31,26 +31,25 @@ GRID = (1e-3, 3e-3)
 SEEDS = (0, 1)
 TUNED = ("no_cot", "coconut", "codi", "codi_joint", "lori")  # the two ablations take LoRi's rate
 NARROW = 32  # of 64
+CACHE = Path(tempfile.gettempdir()) / "red-lori-trajectories"  # known by the hash of teacher, problems and settings
 
 
-def kept(run: MethodRun, split: str, results: Path) -> dict:
-    """The run's outcome on a split: as it was kept, or made now and kept."""
-    path, key = results / "lori_runs.jsonl", {"split": split, "settings": asdict(run)}
+def kept(run: MethodRun, results: Path) -> dict:
+    """The run's outcome: as it was kept, or made now and kept."""
+    path, settings = results / "lori_runs.jsonl", asdict(run)
     for text in path.read_text().splitlines() if path.is_file() else ():
-        found = json.loads(text)
-        if {name: found[name] for name in key} == key:
+        if (found := json.loads(text))["settings"] == settings:
             return found
-    with tempfile.TemporaryDirectory() as place:
-        found = record.finite({"split": split, **run_method(run, split=split, trajectories=place), "commit": record.commit()})
+    found = record.finite({**run_method(run, trajectories=CACHE), "commit": record.commit()})
     with path.open("a") as file:
         file.write(json.dumps(found) + "\n")
-    print(f"{split:<10} {run.method:<22} lr {run.learning_rate:g} seed {run.seed}: {found['accuracy']:.3f} {list(found['accuracy_by_steps'].values())} "
-          f"{found['train_seconds']:.0f} s", flush=True)
+    print(f"{run.method:<22} lr {run.learning_rate:g} seed {run.seed}: validation {found['validation_accuracy']:.3f}, test {found['accuracy']:.3f} "
+          f"{list(found['accuracy_by_steps'].values())} {found['train_seconds']:.0f} s", flush=True)
     return found
 
 
 def tune(results: Path = RESULTS, rates: Path = RATES) -> None:
-    scores = {method: {rate: kept(MethodRun(method, rate), "validation", results)["accuracy"] for rate in GRID} for method in TUNED}
+    scores = {method: {rate: kept(MethodRun(method, rate), results)["validation_accuracy"] for rate in GRID} for method in TUNED}
     best = {method: max(found, key=found.get) for method, found in scores.items()}
     best |= {method: best["lori"] for method in METHODS if method.startswith("lori_")}
     atomic_write_json(rates, {"what": "best of the grid by validation accuracy at seed 0; the ablations take LoRi's", "grid": GRID,
@@ -61,7 +60,7 @@ def tune(results: Path = RESULTS, rates: Path = RATES) -> None:
 def full_table(results: Path = RESULTS, seeds=SEEDS) -> None:
     rates, methods = learning_rates(), {}
     for method in (*METHODS[:-3], "codi_joint", *METHODS[-3:]):
-        runs = [kept(MethodRun(method, rates.get(method, 0.0), seed=seed), "test", results) for seed in (seeds if method != "explicit_cot" else seeds[:1])]
+        runs = [kept(MethodRun(method, rates.get(method, 0.0), seed=seed), results) for seed in (seeds if method != "explicit_cot" else seeds[:1])]
         methods[method] = summary(runs)
     print(table(methods))
     _write(results, {"methods": methods, "low_rank": low_rank()})

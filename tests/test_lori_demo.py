@@ -55,7 +55,8 @@ def test_the_spectrum_and_its_control():
 
 
 def outcome(run: MethodRun, **_) -> dict:
-    return {"accuracy": 0.5 + 0.1 * run.seed, "accuracy_by_steps": {"1": 1.0, "2": 0.2 * run.seed}, "latency_ms": 3.0, "tokens": 2.0, "latent_steps": 5,
+    return {"accuracy": 0.5 + 0.1 * run.seed, "accuracy_by_steps": {"1": 1.0, "2": 0.2 * run.seed},
+            "latency_ms": 3.0, "tokens": 2.0, "latent_steps": 5,
             "train_seconds": 1.0, "settings": {"seed": run.seed, "learning_rate": run.learning_rate}}
 
 

@@ -231,3 +231,16 @@ def test_adapters_need_their_package(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(REDError, match="lora_rank=4 needs the `peft` package"):
         train(lora_rank=4)
+
+
+def test_adapters_train_and_are_merged(train):
+    """The base stays as it is, the exported folder has the adapters multiplied in, and answers as the model in memory."""
+    pytest.importorskip("peft")
+    result = train(lora_rank=4)
+    trained = {name for name, value in result.model.named_parameters() if value.requires_grad}
+    assert any("lora_A" in name for name in trained) and not any("base_layer" in name for name in trained)
+    loaded, tokenizer, _ = load(result.path)
+    batch = batch_of(encode_rows(table_rows(), tokenizer, answer_prefix=PREFIX), "latent", pad=0, bot=64, eot=65)
+    given = {name: batch[name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**given).logits, result.model.eval()(**given).logits, rtol=1e-4, atol=1e-4)

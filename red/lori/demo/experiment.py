@@ -1,4 +1,4 @@
-"""One method of the example: trained from the embedded teacher at stated settings, scored on a split, timed."""
+"""One method of the example: trained from the embedded teacher at stated settings, scored on held-out problems, timed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MethodRun:
     method: str
     learning_rate: float
     seed: int = 0
-    steps: int = 300
+    steps: int = 250
     batch: int = 64
     train_problems: int = 6400
     problems: int = 500
@@ -40,19 +40,19 @@ def teacher_path() -> str:
     return str(files(__package__) / "teacher")
 
 
-def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = None, trajectories: str | Path | None = None,
+def run_method(run: MethodRun, *, teacher: str | None = None, trajectories: str | Path | None = None,
                keep: str | Path | None = None) -> dict:
     """Train a student by one method, starting from the teacher's weights, and score it.
 
     Args:
         run: the settings; the method explicit_cot is the teacher itself and trains nothing.
-        split: "validation" to choose by, "test" to report.
         teacher: folder of an explicit teacher; None: the embedded one.
         trajectories: folder where runs on the same problems share the teacher's trajectories.
         keep: folder for the trained model.
 
     Returns:
-        `{"accuracy", "accuracy_by_steps", "tokens" (words said, mean), "latent_steps", "latency_ms", "train_seconds", "settings", "history"}`.
+        `{"accuracy", "accuracy_by_steps" (on the test split), "validation_accuracy" (to choose by), "tokens" (words said, mean), "latent_steps", "latency_ms",
+        "parameters", "train_seconds", "settings", "preset", "history"}`.
     """
     teacher = teacher or teacher_path()
     threads = torch.get_num_threads()
@@ -65,18 +65,19 @@ def run_method(run: MethodRun, *, split: str = "test", teacher: str | None = Non
             else:
                 tokenizer = AutoTokenizer.from_pretrained(teacher)
                 result = distill(teacher, problems("train", run.train_problems, run.seed), tokenizer=tokenizer, preset=run.method, output_dir=f"{place}/run",
-                                 answer_prefix=ANSWER_PREFIX, per_device_train_batch_size=run.batch, max_steps=run.steps, learning_rate=run.learning_rate,
+                                 trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}", answer_prefix=ANSWER_PREFIX, seed=run.seed,
+                                 per_device_train_batch_size=run.batch, per_device_eval_batch_size=run.batch, max_steps=run.steps, learning_rate=run.learning_rate,
                                  weight_decay=0.01, warmup_steps=30, lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to="none",
-                                 disable_tqdm=True, seed=run.seed, use_cpu=True, teacher_dtype="float32",
-                                 trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}")
+                                 disable_tqdm=True, use_cpu=True, teacher_dtype="float32")
                 model, facts = result.model.eval(), result.trainer.facts
                 history = [{key: entry[key] for key in ("step", "loss", "task", "rationale", "anchor")}
                            for entry in result.trainer.state.log_history if "loss" in entry]
                 if keep is not None:
                     shutil.copytree(result.path, keep)
         seconds = time.perf_counter() - began
-        held_out = problems(split, run.problems)
+        held_out = problems("test", run.problems)
         score = accuracy(model, tokenizer, held_out, facts, max_new_tokens=32)
+        score["validation_accuracy"] = accuracy(model, tokenizer, problems("validation", run.problems), facts, max_new_tokens=32)["accuracy"]
         score["latency_ms"] = latency(model, tokenizer, held_out[:LATENCY_PROBLEMS], facts)
     finally:
         torch.set_num_threads(threads)
