@@ -27,9 +27,9 @@ from red.lori.model import LatentModel
 
 RESULTS = Path(__file__).parent / "results"
 RATES = Path(red.__file__).parent / "lori" / "demo" / "learning_rates.json"
-GRID = (1e-3, 3e-3)
+GRID = (1e-3, 3e-3, 6e-3)
 SEEDS = (0, 1)
-TUNED = ("no_cot", "coconut", "codi", "codi_joint", "lori")  # the two ablations take LoRi's rate
+TUNED = ("lori", "codi", "no_cot", "coconut", "codi_joint")  # the two ablations take LoRi's rate
 NARROW = 32  # of 64
 CACHE = Path(tempfile.gettempdir()) / "red-lori-trajectories"  # known by the hash of teacher, problems and settings
 

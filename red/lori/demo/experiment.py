@@ -29,9 +29,9 @@ class MethodRun:
     method: str
     learning_rate: float
     seed: int = 0
-    steps: int = 250
+    steps: int = 500
     batch: int = 64
-    train_problems: int = 6400
+    train_problems: int = 12800
     problems: int = 500
 
 
