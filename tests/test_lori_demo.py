@@ -49,7 +49,7 @@ def test_the_spectrum_and_its_control():
     basis = torch.linalg.qr(torch.randn(24, 24))[0][:2]
     states = [torch.randn(3, 40, 2) @ basis for _ in range(10)]
     found = spectrum.spectra(states)
-    assert found["trajectories"]["channels"]["rank_90"] == 2 and found["shuffled"]["channels"]["rank_90"] > 15 and found["shape"] == [3, 24]
+    assert found["trajectories"]["channels"]["rank_90"] == 2 and found["shuffled"]["channels"]["rank_90"] > 12 and found["shape"] == [3, 24]
     for name in ("trajectories", "shuffled"):
         assert sum(found[name]["channels"]["energy"]) == pytest.approx(1) == sum(found[name]["layers"]["energy"])
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_lori import PREFIX, number_tokenizer, settings_of, table_rows
 from transformers import TrainerCallback
 
@@ -244,3 +245,14 @@ def test_adapters_train_and_are_merged(train):
     given = {name: batch[name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")}
     with torch.no_grad():
         torch.testing.assert_close(loaded(**given).logits, result.model.eval()(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_checkpoint_comes_back(train, tmp_path):
+    """The first checkpoint is made the best one; afterwards the model and its export are those of that step."""
+    result = train(eval_data=table_rows(3, seed=5), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=4, load_best_model_at_end=True,
+                   metric_for_best_model="eval_loss", greater_is_better=True)
+    best = load_file(result.trainer.state.best_model_checkpoint + "/lori_state.safetensors")
+    other = ({"checkpoint-2", "checkpoint-4"} - {result.trainer.state.best_model_checkpoint.rpartition("/")[2]}).pop()
+    assert all(torch.equal(value, best[name]) for name, value in result.model.named_parameters() if name in best)
+    different = load_file(tmp_path / "run" / other / "lori_state.safetensors")
+    assert any(not torch.equal(value, best[name]) for name, value in different.items())

@@ -123,7 +123,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
     New rows of the embedding (and of the head) are drawn with the old rows' standard deviation from torch's generator.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [BOT, EOT]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens([BOT, EOT], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids([BOT, EOT])
     old = model.get_input_embeddings().weight.shape[0]
     if max(ids) >= old:  # many models have spare rows

@@ -40,9 +40,10 @@ def build_tokenizer():
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-                                   additional_special_tokens=[BOT, EOT], padding_side="left", model_max_length=128, clean_up_tokenization_spaces=False,
-                                   model_input_names=["input_ids", "attention_mask"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
+                                        model_max_length=128, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
+    tokenizer.add_tokens([BOT, EOT], special_tokens=True)
+    return tokenizer
 
 
 def _draw(rng: random.Random, hops: int) -> Row:
