@@ -104,6 +104,17 @@ def test_cached_generation_equals_uncached(made, family, target, projection):
     assert generate(model, alone["prompt_ids"], alone["prompt_mask"], first[1:2], max_new_tokens=6, eos_ids={2}).ids == said[0].ids[1:2]
 
 
+def test_a_row_that_has_ended_says_nothing_more(made):
+    model, _, rows, tokens = made()
+    batch = batch_of(rows, "latent", **tokens)
+    given = (batch["prompt_ids"], batch["prompt_mask"], batch["target_ids"][:, 0])
+    endless = generate(model, *given, max_new_tokens=6, eos_ids=set())
+    end = endless.ids[0][2]
+    ended = generate(model, *given, max_new_tokens=6, eos_ids={end})
+    assert ended.ids == [row[: row.index(end)] if end in row else row for row in endless.ids] and len({len(row) for row in ended.ids}) > 1
+    assert endless.passes == 1 + 3 + 6
+
+
 def test_generation_says_what_training_reads(made):
     """The likeliest tokens of a teacher-forced pass over what was said are what was said."""
     model, _, rows, tokens = made()

@@ -16,6 +16,7 @@ from red.lori import PRESETS, LoRiConfig, load, losses
 from red.lori.batch import batch_of
 from red.lori.data import encode_rows
 from red.lori.distillation import distill
+from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import Trajectories, collect, stream
 
 
@@ -159,6 +160,25 @@ def test_resumed_equals_uninterrupted(train, preset):
     assert first.keys() == second.keys() and all(torch.equal(first[index][key], second[index][key]) for index in first for key in first[index])
     keys = ("step", "loss", "task", "rationale", "anchor", "cot", "grad_norm", "learning_rate")
     assert logged(resumed, *keys) == logged(whole, *keys) and len(logged(whole, "loss")) == 6
+
+
+def test_the_curriculum(train, monkeypatch):
+    """Two steps each with 1 and 2 latent steps, which stand for as many steps of the rationale; then all, for the whole rationale."""
+    seen, plain = [], LoRiTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        seen.append((self._stage, inputs["target_mask"].sum(1).tolist(), inputs["teacher_mask"].sum(1).tolist()))
+        return plain(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(LoRiTrainer, "compute_loss", compute_loss)
+    rows = table_rows(2, most=4)
+    lengths = [len(row.steps) for row in rows]
+    train(rows=rows, curriculum=0.5, max_steps=8, train_sampling_strategy="sequential")
+    assert [stage for stage, *_ in seen] == [1, 1, 2, 2, None, None, None, None] and max(lengths) > 2
+    for stage, targets, points in seen:
+        hidden = [length if stage is None else min(stage, length) for length in lengths]
+        assert points == hidden and targets == [1 + length - first + 2 + 2 for length, first in zip(lengths, hidden)]  # <eot>, prefix, answer and its end
+    assert LoRiConfig(**settings_of("x", preset="no_cot", latent_steps=0)).stage(0, 8) is None
 
 
 def test_accumulation_equals_one_big_batch(train):

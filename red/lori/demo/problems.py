@@ -4,8 +4,8 @@
     steps      3 0    0 6
     answer     6
 
-The table is one cycle through all eight numbers, its pairs in random order, so no number comes twice and guessing is right once in eight. One hop is a
-look-up that two layers can make; several hops need the one before, so that a model of two layers has to think aloud, or in latent steps.
+The table is one cycle through all eight numbers, its pairs in random order, so no number comes twice and guessing is right once in eight. Two layers
+can look up where the word before them leads; whoever wants to know more has to write that down and look again, or to take a latent step.
 """
 
 from __future__ import annotations
