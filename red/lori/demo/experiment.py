@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import tempfile
 import time
@@ -64,11 +66,13 @@ def run_method(run: MethodRun, *, teacher: str | None = None, trajectories: str 
                 model, tokenizer, facts = load(teacher, dtype=torch.float32)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(teacher)
-                result = distill(teacher, problems("train", run.train_problems, run.seed), tokenizer=tokenizer, preset=run.method, output_dir=f"{place}/run",
-                                 trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}", answer_prefix=ANSWER_PREFIX, seed=run.seed,
-                                 per_device_train_batch_size=run.batch, per_device_eval_batch_size=run.batch, max_steps=run.steps, learning_rate=run.learning_rate,
-                                 weight_decay=0.01, warmup_steps=30, lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to="none",
-                                 disable_tqdm=True, use_cpu=True, teacher_dtype="float32")
+                with contextlib.redirect_stdout(io.StringIO()):  # without a progress bar transformers prints every log line
+                    result = distill(teacher, problems("train", run.train_problems, run.seed), tokenizer=tokenizer, preset=run.method,
+                                     output_dir=f"{place}/run",
+                                     trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}", answer_prefix=ANSWER_PREFIX, seed=run.seed,
+                                     per_device_train_batch_size=run.batch, per_device_eval_batch_size=run.batch, max_steps=run.steps, learning_rate=run.learning_rate,
+                                     weight_decay=0.01, warmup_steps=30, lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to="none",
+                                     disable_tqdm=True, use_cpu=True, teacher_dtype="float32")
                 model, facts = result.model.eval(), result.trainer.facts
                 history = [{key: entry[key] for key in ("step", "loss", "task", "rationale", "anchor")}
                            for entry in result.trainer.state.log_history if "loss" in entry]
