@@ -1,9 +1,10 @@
-"""LoRi and its baselines on the embedded example, and RED then LoRi: `python -m benchmarks.lori tune|table|corners`.
+"""LoRi and its baselines on the embedded example, and RED then LoRi: `python -m benchmarks.lori tune|table|longer|corners`.
 
     tune      every method with every learning rate of the same grid, the best on the validation split: red/lori/demo/learning_rates.json
     table     every method at its rate, several seeds, on the test split
+    longer    who learned something, and who did not, with four times the steps; one seed, the better of two rates on the validation split
     corners   the teacher narrowed by RED, then both made latent by LoRi: accuracy, parameters, latency
-The last two write their part of benchmarks/results/lori.json. Every run is kept in benchmarks/results/lori_runs.jsonl and not made again.
+The last three write their part of benchmarks/results/lori.json. Every run is kept in benchmarks/results/lori_runs.jsonl and not made again.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def full_table(results: Path = RESULTS, seeds=SEEDS) -> None:
     _write(results, {"methods": methods, "low_rank": low_rank()})
 
 
+def longer(results: Path = RESULTS, steps: int = 2000, rates=(1e-3, 3e-3), methods=("lori", "codi", "coconut")) -> None:
+    found = {}
+    for method in methods:
+        runs = [kept(MethodRun(method, rate, steps=steps), results) for rate in rates]
+        found[method] = max(runs, key=lambda run: run["validation_accuracy"])
+    _write(results, {"longer": {"steps": steps, "rates": rates, "methods": found}})
+
+
 def corners(results: Path = RESULTS, steps: int = 600) -> None:
     """Teacher and narrowed teacher, each explicit and latent."""
     torch.set_num_threads(1)
@@ -94,5 +103,5 @@ def _write(results: Path, part: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "table", "corners"))
-    {"tune": tune, "table": full_table, "corners": corners}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("tune", "table", "longer", "corners"))
+    {"tune": tune, "table": full_table, "longer": longer, "corners": corners}[parser.parse_args().what]()
