@@ -92,13 +92,13 @@ def resources(compiled, arch: int) -> dict[str, int]:
     return {"registers": number(r"Used (\d+) registers"), "spilled_bytes": spilled, "shared_bytes": compiled.metadata.shared}
 
 
-def table(ops: list[str], architectures: list[int]) -> list[dict]:
+def table(ops: list[str], architectures: list[int], brief: bool = False) -> list[dict]:
     from red_kernels.triton import launch
 
     rows, known = [], set()
     for arch in architectures:
         for op in ops:
-            for name in [chosen.name for chosen in launch.LAUNCHES[op]]:
+            for name in [chosen.name for chosen in launch.LAUNCHES[op]][: 1 if brief and arch != architectures[-1] else None]:
                 for case, call in CASES[op].items():
 
                     def seen(kernel, compiled, warps, op=op, name=name, case=case, arch=arch):
@@ -121,6 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES), metavar="OP", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--arch", nargs="+", type=int, choices=list(SHARED_BYTES), default=[80, 90], help="compute capabilities (default: 80 90)")
+    parser.add_argument("--brief", action="store_true", help="every launch for the last architecture, the first one for the others")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/aot.json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -128,7 +129,7 @@ def main() -> int:
     import torch
     import triton
 
-    rows = table(options.ops, options.arch)
+    rows = table(options.ops, options.arch, options.brief)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     options.out.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     print(" | ".join(COLUMNS))

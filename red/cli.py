@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, plan, erank, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, distill, compress, plan, erank, lori, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from red.cli_help import COMPRESS, DESCRIPTION, DISTILL, EXAMPLES, PLAN, DistillHelp
 from red.errors import REDError, Terminated
 from red.files import HALF_LAYERS, START_FILE, require_existing
+from red.lori import command as lori_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
-        if rest and options.run not in (distill, compress):
+        if rest and options.run not in (distill, compress, lori_command.lori):
             raise REDError(f"red {options.command} does not know {rest[0]!r}. See red {options.command} -h.")
         options.rest = rest
         options.run(options)
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(options: argparse.Namespace) -> None:
+    if options.method == "lori":
+        return lori_command.demo(options)
     from red.demo import run_demo
 
     # only what was said: the defaults are run_demo's own
@@ -181,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command(demo, "demo", "the embedded example", "Distil the embedded teacher from several starts at equal tokens and compare them.\n\n"
                     "  red demo\n  red demo --steps 30 --output_dir runs/quick")
+    option(added, "method", choices=("red", "lori"), default="red", help="red: narrower students; lori: latent reasoning, into runs/demo-lori [red]")
     option(added, "output_dir", default="runs/demo", metavar="DIR", help="gets results.json, report.html and student/ [runs/demo]")
     option(added, "overwrite", action="store_true", help="replace an earlier demo in DIR, once this one has succeeded")
     option(added, "steps", type=int, help="optimiser steps of every student")
@@ -220,6 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "utilisation", type=float, metavar="SHARE", help="of the data sheet's products that a step reaches [0.4, assumed]")
     option(added, "paper", action="store_true", help="also the paper's three runs beside the plan for them")
     added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
+
+    lori_command.register(command)
 
     added = command(erank, "erank", "effective rank per layer", "Print the effective rank of the models' hidden states, layer by layer and side by side.\n\n"
                     "  red erank path/to/teacher run/student --data held_out.txt --plot erank.svg\n\nCompare only at equal text and --max-tokens: the rank grows with them.")

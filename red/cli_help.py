@@ -12,6 +12,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red plan       what that will need: memory by part, FLOPs, hours, the micro-batch that fits; arithmetic alone
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
+  red lori       reasoning in latent steps instead of a written chain of thought
   red eval       a student beside its teacher: tasks, divergence, speed and memory
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """

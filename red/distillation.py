@@ -30,7 +30,7 @@ class DistillResult:
 
 def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
             eval_data=None, calibration: Calibration | str | Path | None = None, config: REDConfig | None = None, callbacks=None,
-            resume: bool | str | Path = False, **settings) -> DistillResult:
+            resume: bool | str | Path = False, method: str = "red", **settings) -> DistillResult:
     """Distil `teacher` into a student of width `hidden_size` and export it to `output_dir/student`.
 
     Args:
@@ -41,6 +41,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         calibration: a Calibration or its file; None calibrates on the first training rows.
         config: a REDConfig; or give its fields as keyword `settings`, never both.
         resume: True goes on from the last checkpoint in `output_dir` that is whole; a path from that checkpoint.
+        method: "red", or "lori": latent reasoning, see `red.lori.distill`, which takes the same arguments but the calibration.
 
     Raises:
         REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `REDTrainer.train`.
@@ -49,6 +50,12 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     Example:
         red.distill("teacher", "corpus.txt", hidden_size=1536, output_dir="run", start="activation", max_steps=1000)
     """
+    if method != "red":
+        if method != "lori" or calibration is not None:
+            raise REDError(f"method={method!r}{' takes no calibration' if method == 'lori' else ' is no method; use red or lori'}.")
+        from red.lori.distillation import distill as lori
+
+        return lori(teacher, train_data, tokenizer=tokenizer, eval_data=eval_data, config=config, callbacks=callbacks, resume=resume, **settings)
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
     config = config or build_config(settings)

@@ -46,8 +46,17 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.skipped, self.in_a_row = max((entry.get("skipped_steps", 0) for entry in state.log_history), default=0), 0
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    @property
+    def parts(self) -> Tensor:
+        """[3] ce, kl and tap_mse of the present step: the sum over its micro-batches so far."""
+        return torch.stack([parts[:3] for _, parts in self._seen]).sum(0)
+
+    def forget_step(self) -> None:
+        """The micro-batches of the present step."""
         self._seen.clear()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.forget_step()
         self._loss_before = self.trainer._tr_loss.clone()
 
     def record(self, inputs: dict[str, Tensor], parts: Tensor) -> None:
@@ -68,8 +77,7 @@ class StepGuard(TrainerCallback):
             self._drop(self.trainer.projections, args, state.global_step + 1, loss=bad_loss > 0)
             self.trainer._tr_loss, self.dropped = self._loss_before, self.dropped + 1
         else:
-            parts = torch.stack([parts[:3] for _, parts in self._seen]).sum(0)
-            self.sums, self.taken, self.in_a_row = self.sums.to(parts.device) + parts, self.taken + 1, 0
+            self.sums, self.taken, self.in_a_row = self.sums.to(args.device) + self.parts, self.taken + 1, 0
 
     def _drop(self, projections, args, step: int, *, loss: bool) -> None:
         """The step is dropped.

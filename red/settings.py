@@ -16,19 +16,20 @@ from red.files import nearest, require_existing
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "~")
 
 
-def build_config(settings: Mapping[str, object]):
-    """A REDConfig from `{field: value}`; text is converted to the field's type, so that YAML's `1e-4` (a string to it) is a number.
+def build_config(settings: Mapping[str, object], config_class=None):
+    """A REDConfig (or another `config_class` of TrainingArguments) from `{field: value}`; text is converted to the field's type, so that YAML's `1e-4` (a string to it) is a number.
 
     Raises:
         REDError: an unknown field, with the nearest known one; a value of the wrong type; a value that REDConfig refuses.
     """
-    from red.config import REDConfig
+    if config_class is None:
+        from red.config import REDConfig as config_class
 
-    types_of = _field_types(REDConfig)
+    types_of = _field_types(config_class)
     check_keys(settings, types_of)
     values = {name: convert(name, value, types_of[name]) for name, value in settings.items()}
     try:
-        return REDConfig(**values)
+        return config_class(**values)
     except REDError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments checks itself

@@ -54,7 +54,7 @@ def step(teacher, folder, batch, **settings):
     assert not trainer.taps._losses, "a layer that runs again must not count its taps again"
     grads = {name: weight.grad for name, weight in trainer.student.named_parameters() if weight.grad is not None}
     grads |= {f"master of {factor.name}": factor.master.grad for factor in trainer.projections if factor.master.grad is not None}
-    parts = trainer._parts
+    parts = trainer.guard.parts
     trainer.taps.release()
     return loss.detach(), parts, grads, forward.calls, backward.calls, alive
 

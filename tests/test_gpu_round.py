@@ -33,7 +33,7 @@ def test_the_profile_is_of_the_row_furthest_from_its_ceiling(tmp_path, monkeypat
 def test_a_command_past_its_limit_is_interrupted_and_can_still_write(tmp_path):
     script = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
     part = gpu_round.run(Command("slow", 5.5, [sys.executable, "-c", script]), time.monotonic() + 60, tmp_path)
-    assert part["exit"] is None and 5 < part["seconds"] < 12 and part["log"].read_text() == "written\n"
+    assert part["exit"] is None and 5 < part["seconds"] < 30 and part["log"].read_text() == "written\n"
 
 
 def test_without_time_left_nothing_starts(tmp_path):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 TESTS = Path(__file__).parent
 WHERE = {  # function, how often it has been called, whether before or after that call; and the step of the checkpoint that must be left: saves are at 2, 4, 6
     "a file half-written": ("checkpoints.atomic_write_safetensors", 2, "within", 2),
-    "no optimiser state yet": ("trainer.Trainer._save_optimizer_and_scheduler", 2, "before", 2),
+    "no optimiser state yet": ("trainer.REDTrainer._save_optimizer_and_scheduler", 2, "before", 2),
     "all written, nothing synced": ("folders.seal", 2, "before", 2),
     "no manifest yet": ("folders.atomic_write_json", 2, "before", 2),
     "manifest, no rename yet": ("folders.publish", 2, "before", 2),

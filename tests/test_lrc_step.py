@@ -31,7 +31,7 @@ def test_losses_and_gradients_are_those_of_the_faithful_mode(tiny_teacher, tmp_p
     trainer.projections.pull_back()
     ours, *parts = peer.loss(batch)
     ours.backward()
-    assert torch.stack(parts).tolist() == pytest.approx(trainer._parts.tolist(), rel=1e-6) and min(parts) > 1e-3
+    assert torch.stack(parts).tolist() == pytest.approx(trainer.guard.parts.tolist(), rel=1e-6) and min(parts) > 1e-3
     assert loss.item() == pytest.approx(ours.item(), rel=1e-9)
     assert len(peer.trainable) == len(trainer.projections.factors)
     for factor in trainer.projections:

@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for Ampere and Hopper, fits, and does not spill. In processes of their own: this one interprets."""
+"""Every Triton kernel compiles for Ampere and Hopper, fits, and does not spill. In processes of their own: this one interprets.
+
+Every launch for Hopper and the first of each op for Ampere, for time's sake; `python benchmarks/aot.py` does all.
+"""
 
 import json
 import os
@@ -21,10 +24,10 @@ def test_compiles_fits_and_does_not_spill(op, tmp_path):
     out = tmp_path / "aot.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "benchmarks/aot.py", "--ops", op, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "benchmarks/aot.py", "--ops", op, "--brief", "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["launch"] for row in rows} == {chosen.name for chosen in launch.LAUNCHES[op]} and {row["arch"] for row in rows} == {80, 90}
+    assert {row["launch"] for row in rows if row["arch"] == 90} == {chosen.name for chosen in launch.LAUNCHES[op]} and {row["arch"] for row in rows} == {80, 90}
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["shared_bytes"] <= SHARED_BYTES[row["arch"]] and 8 <= row["registers"] <= 255, row
 

@@ -1,0 +1,158 @@
+"""red.lori.distill, which `red.distill(method="lori")` calls: from an explicit teacher and problems to a model that reasons in latent steps."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from red.data import pad_id
+from red.errors import REDError
+from red.files import require_empty_output
+from red.lori.adapters import with_adapters
+from red.lori.config import LoRiConfig
+from red.lori.data import encode_rows, load_rows
+from red.lori.model import LatentModel, add_special_tokens, special_ids
+from red.lori.trainer import LoRiTrainer
+from red.lori.trajectories import SubspaceSettings, collect
+from red.settings import build_config
+
+TRAJECTORIES = "trajectories"  # in output_dir
+
+
+@dataclass
+class LoRiResult:
+    """What `distill` returns."""
+
+    model: LatentModel  # trained, in memory
+    path: Path  # its folder, which `red.lori.load` reads
+    metrics: dict[str, float]  # of the training run, and of eval_data where it was given
+    trainer: LoRiTrainer
+
+
+def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, student: str | Path | PreTrainedModel | None = None,
+            tokenizer: PreTrainedTokenizerBase | None = None, eval_data=None, config: LoRiConfig | None = None, callbacks=None, resume: bool = False,
+            **settings) -> LoRiResult:
+    """Train a student that answers after a few latent steps, and write it to `output_dir/student`.
+
+    Args:
+        teacher: the explicit teacher, which writes its chain of thought: a name on the hub, a folder, or a model; None takes `teacher_model_name_or_path`.
+        train_data: problems, see `red.lori.data.load_rows`; None takes `train_file` or `dataset_name`.
+        student: what the student starts from, with the teacher's tokenizer and width; None takes `model_name_or_path`, else the teacher's weights.
+        tokenizer: the teacher's; loaded beside it if None.
+        eval_data: problems whose task loss is reported.
+        config: a LoRiConfig; or give its fields as keyword `settings`, never both. `preset` chooses the method or a baseline.
+        resume: go on from the last checkpoint in `output_dir`.
+
+    Raises:
+        REDError: bad input, before any training and before anything is written.
+
+    Example:
+        red.lori.distill("teacher", "gsm8k_aug.jsonl", output_dir="run", latent_steps=5, num_train_epochs=3)
+    """
+    if config is not None and settings:
+        raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the LoRiConfig.")
+    config = config or build_config(settings, LoRiConfig)
+    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    source = train_data if train_data is not None else config.train_file or _named_dataset(config)
+    if teacher is None or source is None:
+        raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
+                       "and train_data (or train_file, or dataset_name).")
+    path = Path(config.output_dir) / "student"
+    if not resume:
+        require_empty_output(config.output_dir, ignoring=(TRAJECTORIES,))
+    elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
+        raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
+    else:
+        require_empty_output(path, what="The exported student", remedy="This run is finished.")
+    columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
+    rows = load_rows(source, **columns)
+    held_out = None if eval_data is None else load_rows(eval_data, **columns)
+    teacher, tokenizer = _teacher(teacher, tokenizer, config)
+    encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
+    encoded = encode_rows(rows, tokenizer, **encoding)
+    _check_steps(encoded, config)
+    trajectories = None
+    if config.needs_trajectories:
+        trajectories = _collect(teacher, encoded, config, tokenizer)
+    set_seed(config.seed)  # the projection and the new tokens are drawn
+    plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
+    teacher = None  # its states are on the disk; its memory is free, unless the caller holds it
+    tokenizer = copy.deepcopy(tokenizer)
+    bot, eot = add_special_tokens(plain, tokenizer) if config.target != "none" else (None, None)
+    model = LatentModel(plain, latent_steps=config.latent_steps, projection=config.projection, dropout=config.projection_dropout)
+    model.model = with_adapters(model.model, config)
+    trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
+                          trajectories=trajectories, pad=pad_id(tokenizer), bot=bot, eot=eot, callbacks=callbacks)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        trainer.export(path)
+    trainer.accelerator.wait_for_everyone()
+    return LoRiResult(model, path, metrics, trainer)
+
+
+def _teacher(teacher, tokenizer, config: LoRiConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(teacher, PreTrainedModel):
+        if tokenizer is None:
+            raise REDError("A teacher given as a module needs its tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
+        return teacher.eval(), tokenizer
+    from red.distillation import _tokenizer_beside
+
+    return _loaded(teacher, config).eval(), tokenizer or _tokenizer_beside(teacher)
+
+
+def _loaded(name_or_path, config: LoRiConfig) -> PreTrainedModel:
+    """Any causal language model, without remote code."""
+    dtype = config.teacher_dtype if config.teacher_dtype != "auto" else "float32" if config.device.type == "cpu" else "bfloat16"
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise REDError(f"The model {str(name_or_path)!r} cannot be loaded: {error}. Give a folder or a name of a causal language model.") from error
+
+
+def _student(given, teacher: PreTrainedModel, config: LoRiConfig) -> PreTrainedModel:
+    """The student's weights in float32, which the optimiser steps on; a model of the caller's is trained itself."""
+    if given is None:
+        return copy.deepcopy(teacher).float().requires_grad_(True)
+    plain = given if isinstance(given, PreTrainedModel) else _loaded(given, config).float()
+    sizes = [(one.config.num_hidden_layers, one.config.hidden_size) for one in (plain, teacher)]
+    if config.needs_trajectories and sizes[0] != sizes[1]:
+        raise REDError(f"The student has {sizes[0][0]} layers of width {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}: their states "
+                       "cannot be compared. "
+                       "Take the same base model for both; to make it narrower use red.compress or red.distill first, on the teacher.")
+    return plain
+
+
+def _check_steps(encoded, config: LoRiConfig) -> None:
+    """REDError on a row without steps where the objective reads them."""
+    if config.needs_trajectories or config.cot_weight or config.target == "explicit":
+        for place, row in enumerate(encoded):
+            if not row.steps:
+                raise REDError(f"Row {place} has no steps, and preset={config.preset!r} learns from them. "
+                               "Give rows with steps, or use preset=no_cot or coconut.")
+
+
+def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
+    """The trajectories, computed by the first process and read by all."""
+    settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers)
+    folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
+    bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
+    with config.main_process_first(local=False, desc="teacher trajectories"):
+        return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
+                       pad=pad_id(tokenizer), bot=bot, eot=eot)
+
+
+def _named_dataset(config: LoRiConfig):
+    if config.dataset_name is None:
+        return None
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
+    return load_dataset(config.dataset_name, split=config.dataset_split)

@@ -1,0 +1,226 @@
+"""LoRiTrainer: transformers' Trainer for a model that thinks in latent steps, and for the baselines it is compared with.
+
+    L = L_task + α L_rat + β L_anchor
+
+L_task is the cross entropy of what follows the latent steps; L_rat aligns their trajectory with the teacher's rationale in the shared subspace; L_anchor the
+states just before the answer. The teacher's side was computed before the training began (`red.lori.trajectories`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+from transformers.utils import logging
+
+from red.errors import REDError
+from red.files import atomic_write_safetensors
+from red.lori import files, losses
+from red.lori.batch import batch_of
+from red.lori.config import LoRiConfig
+from red.lori.data import Encoded
+from red.lori.model import LatentModel
+from red.lori.trajectories import Trajectories
+from red.packing import IGNORE
+
+STATE = "lori_state.safetensors"  # of a checkpoint: every trained tensor
+PARTS = ("task", "rationale", "anchor", "cot")
+
+logger = logging.get_logger(__name__)
+
+
+class Batches:
+    """Numbers of encoded rows into batches (`red.lori.batch.batch_of`), with the teacher's side and the explicit rows where the objective reads them."""
+
+    def __init__(self, rows: Sequence[Encoded], args: LoRiConfig, tokens: dict[str, int | None], trajectories: Trajectories | None = None):
+        self.rows, self.args, self.tokens, self.trajectories = rows, args, tokens, trajectories
+
+    def __call__(self, numbers: Sequence[int], stage: int | None = None) -> dict[str, Tensor]:
+        """A batch in the curriculum's stage; None: after it."""
+        rows = [self.rows[number] for number in numbers]
+        batch = batch_of(rows, self.args.target, **self.tokens, hidden_steps=stage)
+        if self.trajectories is not None:  # the latent steps stand for the first steps only
+            lengths = None if stage is None else [len(row.rationale()) - len(row.rationale(stage)) for row in rows]
+            batch |= self.trajectories.batch(numbers, lengths)
+        if self.args.cot_weight or (self.args.anchor_weight and self.args.anchor_teacher == "self"):
+            batch |= {f"cot_{name}": value for name, value in batch_of(rows, "explicit", **self.tokens).items()}
+        return batch
+
+
+def numbers_only(items: Sequence[int]) -> dict[str, Tensor]:
+    """The collator of the training: a batch is made when its step comes, for the curriculum's stage decides what is in it and batches are fetched ahead."""
+    return {"number": torch.tensor(items)}
+
+
+class LoRiTrainer(Trainer):
+    """Train a LatentModel.
+
+    Args:
+        model: the student with its latent steps.
+        args: a LoRiConfig.
+        train_dataset, eval_dataset: encoded rows (`red.lori.data.encode_rows`).
+        processing_class: the tokenizer, which knows the special tokens (`red.lori.model.add_special_tokens`).
+        trajectories: the teacher's, of exactly the training rows; needed where the objective aligns with the offline teacher.
+        pad, bot, eot: token ids.
+        Others as in transformers' Trainer.
+
+    Raises:
+        REDError: trajectories that are missing or not of these rows.
+    """
+
+    def __init__(self, model: LatentModel, args: LoRiConfig, train_dataset: Sequence[Encoded], eval_dataset: Sequence[Encoded] | None = None, *,
+                 processing_class=None, trajectories: Trajectories | None = None, pad: int = 0, bot: int | None = None, eot: int | None = None, **kwargs):
+        if args.n_gpu > 1:
+            logger.warning(f"Using 1 of {args.n_gpu} GPUs; start one process per GPU with torchrun or accelerate launch to use all.")
+            args._n_gpu = 1
+        if args.needs_trajectories and trajectories is None:
+            raise REDError(f"preset={args.preset!r} aligns with the teacher's trajectories, and none were given. Pass trajectories=red.lori.collect(...).")
+        if trajectories is not None and len(trajectories) != len(train_dataset):
+            raise REDError(f"There are trajectories of {len(trajectories)} examples and {len(train_dataset)} training rows. Collect them from these rows.")
+        self.trajectories = trajectories if args.needs_trajectories else None
+        tokens = dict(pad=pad, bot=bot, eot=eot)
+        self._batches = Batches(train_dataset, args, tokens, self.trajectories)
+        self._eval_batches = Batches(eval_dataset or (), args, tokens)  # without trajectories: its loss is the task's
+        super().__init__(model=model, args=args, data_collator=numbers_only, train_dataset=range(len(train_dataset)),
+                         eval_dataset=None if eval_dataset is None else range(len(eval_dataset)), processing_class=processing_class, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the losses below divide by global counts
+        self.latent_model = model
+        self.anchor_layers = args.layers_of_anchor(model.config.num_hidden_layers + 1)
+        if self.trajectories is not None:
+            self.subspace, self.anchor_std = trajectories.subspace.to(args.device), trajectories.anchor_std.to(args.device)[self.anchor_layers]
+        self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0  # sums since the last log, and the steps they are of
+        self._counts: Tensor | None = None
+        self._stage: int | None = None  # of the curriculum, in the running step
+
+    # ---- the objective ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Means over the labels (task, cot) and over the examples (rationale, anchor) of the whole step."""
+        args, training = self.args, model.training
+        labels, examples = (self._counts if training and self._counts is not None else _counts([inputs])).to(args.device).unbind()
+        share = len(inputs["labels"]) / examples
+        aligning = training and args.target == "latent" and (args.rationale_weight > 0 or args.anchor_weight > 0)
+        thought = model(**_part(inputs), latent_steps=self._stage if training else None, with_states=aligning)
+        task = _cross_entropy(thought.logits, inputs["labels"]) / labels
+        rationale = anchor = cot = torch.zeros((), device=task.device)
+        explicit = None
+        if training and "cot_labels" in inputs:
+            explicit = model(**_part(inputs, "cot_"), latent_steps=0, with_states=True)
+            cot = _cross_entropy(explicit.logits, inputs["cot_labels"]) / labels  # in units of an answer's tokens, as the task
+        if aligning and args.rationale_weight:
+            g = self.subspace.coordinates(thought.latent_states)
+            everything = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
+            rationale = share * losses.rationale_loss(g, everything, inputs["teacher_g"], inputs["teacher_mask"], self.trajectories.scales,
+                                                      second_order_weight=args.second_order_weight, centred=args.centred)
+        if aligning and args.anchor_weight:
+            student = self._anchors(thought.target_states, inputs["anchor"])
+            if args.anchor_teacher == "self":
+                teacher = self._anchors(explicit.target_states, inputs["cot_anchor"]).detach()
+                std = teacher.float().std(dim=(0, 2)).clamp(min=1e-6)
+            else:
+                teacher, std = inputs["teacher_anchor"][:, self.anchor_layers], self.anchor_std
+            anchor = share * losses.anchor_loss(student, teacher, std, distance=args.anchor_distance)
+        if training:
+            self._parts = self._parts.to(task.device) + torch.stack([task.detach(), rationale.detach(), anchor.detach(), cot.detach()]).float()
+        loss = task + args.rationale_weight * rationale + args.anchor_weight * anchor + args.cot_weight * cot
+        return (loss, None) if return_outputs else loss
+
+    def _anchors(self, states: tuple[Tensor, ...], place: Tensor) -> Tensor:
+        """[B, A, d]: the states at each row's anchor in the chosen layers."""
+        rows = torch.arange(len(place), device=place.device)
+        return torch.stack([states[layer][rows, place] for layer in self.anchor_layers], 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Make all micro-batches of the coming step and count them, over all ranks; data parallel averages gradients, hence the world size."""
+        self._stage = self.args.stage(self.state.global_step, self.state.max_steps)
+        batch_samples[:] = [self._batches(batch["number"].tolist(), self._stage) for batch in batch_samples]
+        counts = _counts(batch_samples).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
+        self._parts_steps += 1
+        self._counts = counts.clamp(min=1)
+        return self._counts[0]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training, self.data_collator = self.data_collator, self._eval_batches
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def log(self, logs, start_time=None):
+        """Adds the parts of the loss: means over the steps since the last log."""
+        if "loss" in logs and self._parts_steps:
+            parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
+            logs |= dict(zip(PARTS, (parts / self._parts_steps).tolist(), strict=True))
+            self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0
+        super().log(logs, start_time)
+
+    # ---- files ----
+
+    @property
+    def facts(self) -> files.Facts:
+        """How the trained model is asked."""
+        args = self.args
+        return files.Facts(args.target, args.latent_steps, self.latent_model.projection is not None, args.answer_prefix, args.preset)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Everything trained, bit for bit; the folder that other tools read comes from `export`."""
+        if self.args.should_save:
+            trained = {name: value.detach().cpu().clone() for name, value in self.latent_model.named_parameters() if value.requires_grad}
+            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / STATE, trained)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        path = Path(resume_from_checkpoint) / STATE
+        if not path.is_file():
+            raise REDError(f"{resume_from_checkpoint} has no {STATE}: it is not a checkpoint of a LoRiTrainer. "
+                           "Resume from a checkpoint-N folder that red lori wrote.")
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+        trained = {name: value for name, value in self.latent_model.named_parameters() if value.requires_grad}
+        if different := sorted(name for name in trained.keys() | state.keys()
+                               if name not in trained or name not in state or trained[name].shape != state[name].shape):
+            more = f", and {len(different) - 1} more" if different[1:] else ""
+            raise REDError(f"{path} is of another model or another preset: {different[0]} differs{more}. "
+                           "Resume with the settings of the first run.")
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(state[name])
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def export(self, output_dir: str | Path) -> Path:
+        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged."""
+        from red.lori.adapters import merged
+
+        with merged(self.latent_model.model) as plain:
+            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain)
+
+
+def _part(inputs: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    return {name: inputs[prefix + name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")}
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the labelled tokens, in float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def _counts(batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """[labels, examples] of several batches, float32."""
+    return torch.stack([sum((batch["labels"] != IGNORE).sum() for batch in batches), torch.tensor(sum(len(batch["labels"]) for batch in batches),
+                        device=batches[0]["labels"].device)]).float()
