@@ -10,7 +10,7 @@
     demo        the embedded example on the GPU
 
 Each part has a limit, and all share the time: a late part gets what is left. One that fails does not stop the others; the exit code is the number that
-failed, aot and ncu aside. DIR gets at most 8 files; the summary is printed last, failures first, then every goal. Without a GPU it refuses, unless
+failed, aot, ncu, memcheck and the demo aside. DIR gets at most 8 files; the summary is printed last, failures first, then every goal. Without a GPU it refuses, unless
 `--cpu` asks for a rehearsal: a few tests, tiny shapes, Triton's interpreter.
 """
 
@@ -86,7 +86,7 @@ def last_parts(out: Path, scratch: Path, cpu: bool) -> list[list[Command]]:
         profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:^{op}", "--launch-count", "8"]
         parts.append([Command(f"ncu {op}", 40, [*profile, *once], optional=True)])
     demo = [sys.executable, "-m", "red.cli", "demo", "--output_dir", scratch / "demo", "--steps", "4" if cpu else "150"]
-    return [*parts, [Command("demo", 150, demo + ["--starts", "activation"] * cpu)]]
+    return [*parts, [Command("demo", 150, demo + ["--starts", "activation"] * cpu, optional=not cpu)]]
 
 
 def test_files(cpu: bool) -> list[Path]:

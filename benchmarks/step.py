@@ -181,10 +181,11 @@ def in_a_process(words: Sequence[object], environment: dict[str, str], seconds: 
 
 
 def climb(size_name: str, wanted: Sequence[str], micro_steps: int, steps: int, warmup: int, seconds: float) -> dict:
-    """Every rung, the last ones and the peer first: what matters most is there when time is out. Rows come back in the ladder's order."""
+    """Every rung, the top one first, then the peers and the settings apart: what matters most is there when time is out. Rows come back in the ladder's order."""
     deadline, size, found = time.monotonic() + seconds, SIZES[size_name], {}
     ceilings = in_a_process(["--ceilings"], {}, seconds)
-    for setup in sorted(setups(GPU), key=lambda one: (not (one.rung.peer or one.rung.apart or one.rung is tops(GPU)), LADDER.index(one.rung))):
+    top = tops(GPU)
+    for setup in sorted(setups(GPU), key=lambda one: (one.rung is not top, not (one.rung.peer or one.rung.apart), LADDER.index(one.rung))):
         rung, row = setup.rung, None
         if wanted and rung.name not in wanted:
             continue
