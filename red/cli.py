@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, plan, erank, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, doctor, distill, compress, plan, erank, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from red.files import HALF_LAYERS, START_FILE, require_existing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one command; returns the exit code: 0, 1 where red doctor finds something red, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
-        if rest and options.run not in (distill, compress):
+        if rest and options.run not in (distill, compress, doctor):
             raise REDError(f"red {options.command} does not know {rest[0]!r}. See red {options.command} -h.")
         options.rest = rest
-        options.run(options)
+        return options.run(options) or 0
     except REDError as error:
         print(f"red: {error}", file=sys.stderr)
         return 2
@@ -29,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nred: interrupted. {_kept(options)}", file=sys.stderr)
         return 130
-    return 0
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -48,6 +47,12 @@ def _rate_of_start(text: str) -> tuple[str, float]:
         return start, float(rate)
     except ValueError:
         raise REDError(f"--learning_rate {text}: expected START=RATE, such as pca=2e-3.") from None
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from red.doctor import run
+
+    return run(options)
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -189,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "seed", type=int, help="of the training text, its order and the starts")
     option(added, "processes", type=int, metavar="N", help="students that train at once [one per core]")
     option(added, "device", choices=("auto", "cpu", "cuda"), help="[auto: a GPU if there is one]")
+
+    from red import doctor as examining  # its options; nothing heavy
+
+    examining.add_options(command(doctor, "doctor", "before a distillation: is all well?", examining.DESCRIPTION, usage="red doctor --teacher TEACHER --data FILE [--setting value ...]"))
 
     added = command(distill, "distill", "teacher + text -> student", DISTILL, add_help=False, usage="red distill [--config FILE] [--setting value ...]")
     added.add_argument("-h", "--help", action=DistillHelp, nargs=0, help="show this and every setting")

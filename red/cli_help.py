@@ -9,6 +9,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
 
   red demo       the embedded example, end to end, on any laptop: watch a random start lose its reasoning and RED keep it
   red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
+  red doctor     before that: labels, packing, loss, weights, disk and memory, looked at on your own teacher and text
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red plan       what that will need: memory by part, FLOPs, hours, the micro-batch that fits; arithmetic alone
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
