@@ -68,7 +68,7 @@ GROUPS = {
     "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
     "speed and memory": ("student_dtype", "packed_attention", "checkpointing", "compile_layers", "teacher_fp8"),
-    "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
+    "watching: collapse, and reasoning": ("erank_steps", "erank_floor", "erank_patience", "erank_stop", "canary_steps", "canary_file", "canary_samples"),
     "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns"),
 }
 
