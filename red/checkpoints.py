@@ -93,7 +93,7 @@ class Checkpoints:
         super().save_model(output_dir, _internal_call)
         masters = self.projections.state_dict(keep=self.args.should_save)  # gathered where they are sharded: every rank comes here
         if self.args.should_save:
-            facts = {"teacher_hash": self.teacher_hash}
+            facts = {"teacher_hash": self.teacher_hash, "teacher": self.teacher.name_or_path}
             if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
                 facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
             atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, masters, metadata=facts)
@@ -158,6 +158,15 @@ class Checkpoints:
         if self.taps and TAP_WEIGHTS in facts:
             self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
         self.projections.load_state_dict(state)
+
+
+def teacher_of(folder: str | Path) -> str | None:
+    """The teacher's name or folder, as a checkpoint remembers it; None where it does not."""
+    try:
+        with safe_open(Path(folder) / PROJECTIONS_FILE, "pt") as file:
+            return (file.metadata() or {}).get("teacher") or None
+    except (OSError, SafetensorError):
+        return None
 
 
 class RoomForCheckpoints(TrainerCallback):

@@ -133,6 +133,7 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{options.checkpoint} is not a checkpoint: it has no config.json. {hint}")
     require_empty_output(options.out, what="--out")
 
+    from red.checkpoints import teacher_of
     from red.distillation import _tokenizer_beside
     from red.export import export as run
     from red.prepare import load_teacher
@@ -142,7 +143,9 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{source} has no tokenizer. Name the teacher's folder: --tokenizer PATH")
     tokenizer = _tokenizer_beside(source)
     student = load_teacher(folder.absolute(), "float32")  # exact for bf16 weights; cast once, below
-    print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama))
+    if (teacher := options.teacher or teacher_of(folder)) is None:
+        print("red: the teacher is not known, so its licence is not carried along. Name it: --teacher PATH", file=sys.stderr)
+    print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama, teacher=teacher))
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -251,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "dtype", metavar="DTYPE", help="float32, bfloat16 or float16 [as stored]")
     option(added, "as_llama", action="store_true", help="write a Qwen2 student as a Llama, for engines that ignore Qwen2's head_dim")
     option(added, "tokenizer", metavar="PATH", help="folder of the tokenizer, where the checkpoint has none")
+    option(added, "teacher", metavar="PATH", help="folder or name of the teacher, whose licence goes along [the one that the checkpoint names]")
     return parser
 
 

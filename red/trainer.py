@@ -275,6 +275,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,
         and the first one writes; the others get None."""
         student = self.student if self.mesh is None else whole_student(self.student, keep=self.is_world_process_zero())
+        kwargs.setdefault("teacher", self.teacher.name_or_path)
         return export(student, self.processing_class, output_dir, **kwargs) if self.is_world_process_zero() else None
 
 
