@@ -32,7 +32,7 @@ def build_config(settings: Mapping[str, object]):
         return REDConfig(**values)
     except REDError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments checks itself
+    except (ValueError, TypeError, ImportError, OSError, AttributeError, KeyError, RuntimeError) as error:  # TrainingArguments checks itself
         raise REDError(f"These settings do not go together: {error}") from error
 
 

@@ -81,17 +81,25 @@ class FileSource:
         start, end = block * self.bytes, (block + 1) * self.bytes
         with self.path.open("rb") as file:
             if self.paragraphs:
-                return [document.decode() for document in _paragraphs(_lines(file, start), start, end)]
+                return [self._text(document) for document in _paragraphs(_lines(file, start), start, end)]
             lines = [(place, line) for place, line in _until(_lines(file, start), end) if line.strip()]
         if not self.json:
-            return [line.decode() for _, line in lines]
+            return [self._text(line) for _, line in lines]
         values = [self._parsed(line, place) for place, line in lines]
         return [value for value in values if not (isinstance(value, dict) and set(value) == {data.HASH_KEY})]
 
+    def _text(self, line: bytes) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            raise REDError(f"{self.path} cannot be read as text: {error}. {data.UTF8}") from error
+
     def _parsed(self, line: bytes, place: int):
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return json.loads(self._text(line))
+        except REDError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise REDError(f"{self.path}, the line at byte {place} is not JSON: {error}. A .jsonl file holds one object a line.") from error
 
 
