@@ -106,6 +106,8 @@ class Calibration:
                 raise REDError(f"The calibration's {name} is {found}; finite numbers of shape {list(shape)} are needed for this teacher. Calibrate it.")
             if name in ("mean", "mean_square", "covariance", "point_covariance") and value.abs().max() > 1.01 * d:  # z² sums to d in every token
                 raise REDError(f"The calibration's {name} has a value of {value.abs().max().item():.3g}, where none above the hidden size of {d} can be. Its file is damaged: calibrate this teacher again.")
+            if name.endswith("covariance") and value.diagonal(dim1=-2, dim2=-1).min() < 0:
+                raise REDError(f"The calibration's {name} has a negative mean square. Its file is damaged: calibrate this teacher again.")
         for name in ("model_hash", "tokenizer_hash", "tap"):
             if not isinstance(getattr(self, name), str):
                 raise REDError(f"The calibration's {name} is {getattr(self, name)!r}, not text. Calibrate this teacher.")

@@ -24,8 +24,7 @@ __all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_pack
            "save_examples", "tokenise", "tokenizer_hash"]
 
 BATCH = 1000  # texts that are tokenised together
-HASH_KEY = "tokenizer_hash"
-UTF8 = "Save it in UTF-8: iconv -f latin1 -t utf-8, say."
+HASH_KEY, UTF8 = "tokenizer_hash", "Save it in UTF-8: iconv -f latin1 -t utf-8, say."
 
 
 def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None, assistant_only_loss: bool = False) -> list[dict]:
