@@ -126,7 +126,7 @@ def test_yaml(place, content):
         assert isinstance(found, (dict, REDError))
 
 
-@fuzz(250)
+@fuzz(120)
 @given(values=SETTINGS)
 def test_settings(place, values):
     only_red_errors(build_config, {"output_dir": str(place / "run"), "use_cpu": True, **values})
@@ -151,7 +151,7 @@ def read_text(path, tokenizer):
     return pack(examples, 8, pad_token_id=0)[0]
 
 
-@fuzz(250)
+@fuzz(120)
 @given(content=LINES, name=st.sampled_from(["a.jsonl", "a.txt"]), chat=st.booleans())
 def test_data(place, content, name, chat):
     tokenizer = build_tiny_tokenizer()
@@ -197,7 +197,7 @@ def start_from(teacher, path, start: str):
     return start_projections(teacher, config, calibration)
 
 
-@fuzz(100)
+@fuzz(50)
 @given(choice=st.data(), start=st.sampled_from(["activation", "pca", "explained"]))
 def test_calibration(place, teacher, calibration, choice, start):
     path = place / "broken.safetensors"
