@@ -9,7 +9,7 @@ Names are imported when first used, so that `import red` and `red -h` are quick.
 import importlib
 
 _home = {
-    "Calibration": "calibration", "calibrate": "prepare",
+    "CanaryCallback": "canary", "Calibration": "calibration", "calibrate": "prepare",
     "CompressResult": "compression", "compress": "compression",
     "DistillResult": "distillation", "distill": "distillation",
     "ERankCallback": "callbacks", "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",

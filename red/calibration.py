@@ -75,16 +75,42 @@ class Calibration:
             raise REDError(f"{path} is a safetensors file but not a calibration. Make one with red.calibrate(...).save(path).")
         if "longest" not in tensors:
             raise REDError(f"{path} is a calibration of an earlier red and lacks statistics. Make it again with red.calibrate(...).save(path).")
-        return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
+        try:
+            return cls(**json.loads(facts), covariance=tensors.pop("covariance", None), **tensors)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise REDError(f"{path} is no whole calibration: {error}. Make it again with red.calibrate(...).save(path).") from error
 
     def check(self, teacher: PreTrainedModel, tokenizer_hash: str = "") -> None:
-        """REDError unless this calibration was made with that teacher and, where both are known, that tokenizer."""
+        """REDError unless this calibration is whole and was made with that teacher and, where both are known, that tokenizer."""
+        self._check_tensors(teacher.config)
         if self.model_hash != model_hash(teacher):
             raise REDError(f"The calibration was made with another model (hash {self.model_hash[:12]}, the teacher's is "
                            f"{model_hash(teacher)[:12]}). Calibrate this teacher.")
         if tokenizer_hash and self.tokenizer_hash and tokenizer_hash != self.tokenizer_hash:
             raise REDError(f"The calibration text was made with another tokenizer (hash {self.tokenizer_hash[:12]}, this one's is "
                            f"{tokenizer_hash[:12]}). Calibrate with the teacher's tokenizer.")
+
+
+    def _check_tensors(self, config) -> None:
+        """A file says what it likes: shapes, dtypes and values are looked at before anything is computed from them."""
+        d, layers = config.hidden_size, config.num_hidden_layers
+        points = 2 * layers + 1
+        shapes = {"scores": (d,), "mean": (points, d), "mean_square": (points, d), "longest": (points, LONGEST, d), "mean_log_rms": (points,),
+                  "tap_square": (layers, len(families.TAPS)), "covariance": (d, d), "point_covariance": (points, d, d)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is None and name in ("covariance", "point_covariance"):
+                continue
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point() or not value.isfinite().all():
+                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise REDError(f"The calibration's {name} is {found}; finite numbers of shape {list(shape)} are needed for this teacher. Calibrate it.")
+            if name in ("mean", "mean_square", "covariance", "point_covariance") and value.abs().max() > 1.01 * d:  # z² sums to d in every token
+                raise REDError(f"The calibration's {name} has a value of {value.abs().max().item():.3g}, where none above the hidden size of {d} can be. Its file is damaged: calibrate this teacher again.")
+            if name.endswith("covariance") and value.diagonal(dim1=-2, dim2=-1).min() < 0:
+                raise REDError(f"The calibration's {name} has a negative mean square. Its file is damaged: calibrate this teacher again.")
+        for name in ("model_hash", "tokenizer_hash", "tap"):
+            if not isinstance(getattr(self, name), str):
+                raise REDError(f"The calibration's {name} is {getattr(self, name)!r}, not text. Calibrate this teacher.")
 
 
 def model_hash(model: PreTrainedModel) -> str:

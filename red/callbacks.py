@@ -55,7 +55,7 @@ class ERankCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index == 0:
             self.teacher = self._measure(self.trainer.teacher)
-            self._log(control, _named("erank_teacher", self.teacher))
+            log_beside(self.trainer, control, _named("erank_teacher", self.teacher))
         self._check(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -66,7 +66,7 @@ class ERankCallback(TrainerCallback):
         if args.process_index == 0:
             values = self._measure(self.trainer.student)
             share = lowest_share(values, self.teacher)
-            self._log(control, {"erank/share": share, **_named("erank", values)})
+            log_beside(self.trainer, control, {"erank/share": share, **_named("erank", values)})
             below = self._below(state)
             if below >= self.patience and not self.warned:
                 logger.warning(f"The student has collapsed: for {self.patience} checks its effective rank has been below {self.floor:.0%} of the teacher's "
@@ -79,15 +79,17 @@ class ERankCallback(TrainerCallback):
                 over = bool(broadcast(torch.tensor(int(over), device=args.device)))
             control.should_training_stop |= over
 
-    def _log(self, control, numbers: dict[str, float]) -> None:
-        due = control.should_log  # the loss may be due at this step too, and Trainer takes any log for that
-        self.trainer.log(numbers)
-        control.should_log = due
-
     def _measure(self, model: PreTrainedModel) -> list[float]:
         batch = {key: value.to(self.trainer.args.device) for key, value in for_attention(self.batch, model.config).items()}
         with self.trainer.accelerator.autocast():
             return stream_eranks(model, batch, max_tokens=self.tokens)
+
+
+def log_beside(trainer, control, numbers: dict[str, float]) -> None:
+    """Numbers to all trackers, from inside a callback. The loss may be due at this step too, and Trainer takes any log for that."""
+    due = control.should_log
+    trainer.log(numbers)
+    control.should_log = due
 
 
 def lowest_share(student: Sequence[float], teacher: Sequence[float]) -> float:

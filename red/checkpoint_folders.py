@@ -131,8 +131,10 @@ def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None where every file is as its manifest says."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
+    if not isinstance(files, dict) or not all(_is_entry(name, facts) for name, facts in files.items()):
+        return f"{MANIFEST} is not one that red wrote"
     for name, facts in files.items():  # sizes first, they cost nothing
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -142,6 +144,12 @@ def fault(folder: Path) -> str | None:
         hashes = dict(zip(files, pool.map(lambda name: _sha256(folder / name), files), strict=True))
     changed = [name for name, value in hashes.items() if value != files[name]["sha256"]]
     return f"{changed[0]} has changed since it was written" if changed else None
+
+
+def _is_entry(name: str, facts) -> bool:
+    """Of a manifest: a path inside its folder, and what is known of that file."""
+    inside = name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return bool(inside) and isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
 
 
 def _synced(path: Path) -> dict[str, int | str]:
@@ -164,5 +172,5 @@ def _step(folder: Path) -> int:
 def _save(folder: Path) -> int:
     try:
         return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["save"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0  # `fault` says what is wrong with it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import traceback
 from pathlib import Path
@@ -13,13 +15,15 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from red import checkpoint_folders as folders
 from red.errors import REDError
+from red.families import TAPS
 from red.files import atomic_write_safetensors
+from red.map_files import check_maps
 
 PROJECTIONS_FILE = "projections.safetensors"
 TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
@@ -105,7 +109,7 @@ class Checkpoints:
         super().save_model(output_dir, _internal_call)
         masters = self.projections.state_dict(keep=self.args.should_save)  # gathered where they are sharded: every rank comes here
         if self.args.should_save:
-            facts = {"teacher_hash": self.teacher_hash}
+            facts = {"teacher_hash": self.teacher_hash, "teacher": self.teacher.name_or_path}
             if self.taps and self.taps.mean_square is not None:  # a resumed run may calibrate on other rows; the objective must not change
                 facts[TAP_WEIGHTS] = json.dumps(self.taps.mean_square.tolist())
             atomic_write_safetensors(Path(output_dir or self.args.output_dir) / PROJECTIONS_FILE, masters, metadata=facts)
@@ -133,6 +137,10 @@ class Checkpoints:
     def _named(folder: Path) -> Path:
         if not (folder / folders.MANIFEST).is_file():
             logger.warning(f"{folder} has no {folders.MANIFEST} (an older version wrote it, or it is half-written): its files are not checked.")
+            try:
+                TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise REDError(f"{folder} is no checkpoint to resume from: {TRAINER_STATE_NAME} cannot be read ({error}). Name another one.") from error
         elif what := folders.fault(folder):
             raise REDError(f"{folder} is damaged: {what}. Resume from another checkpoint; resume=True (--resume) takes the last that is whole.")
         return folder
@@ -148,6 +156,14 @@ class Checkpoints:
         self.load_stream(resume_from_checkpoint)
         self._load_projections(resume_from_checkpoint)  # the student follows from these and the teacher; its own file is not read
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self):
         super()._load_best_model()
         self._load_projections(self.state.best_model_checkpoint)
@@ -161,7 +177,7 @@ class Checkpoints:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
             state = load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
         made_with = facts.get("teacher_hash")
         if made_with not in (None, self.teacher_hash):
@@ -171,9 +187,41 @@ class Checkpoints:
         if then != now:  # the taps were made for the start of this run
             raise REDError(f"{folder} began with a start that selects {'channels' if then else 'no channels'}, and start={self.args.start!r} selects {'some' if now else 'none'}: "
                            "the objective would be another. Resume with the start that the run began with.")
+        check_maps(state, self.teacher.config, self.args.hidden_size, str(path))
         if self.taps and TAP_WEIGHTS in facts:
-            self.taps.mean_square = torch.tensor(json.loads(facts[TAP_WEIGHTS]), dtype=torch.float64)
+            self.taps.mean_square = _tap_weights(facts[TAP_WEIGHTS], self.teacher.config.num_hidden_layers, path)
         self.projections.load_state_dict(state)
+
+
+def teacher_of(folder: str | Path) -> str | None:
+    """The teacher's name or folder, as a checkpoint remembers it; None where it does not."""
+    try:
+        with safe_open(Path(folder) / PROJECTIONS_FILE, "pt") as file:
+            return (file.metadata() or {}).get("teacher") or None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _tap_weights(text: str, layers: int, path: Path) -> torch.Tensor:
+    try:
+        found = torch.tensor(json.loads(text), dtype=torch.float64)
+    except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+        raise REDError(f"{path}: {TAP_WEIGHTS} in its metadata is not a table of numbers ({error}). Resume from another checkpoint.") from error
+    if tuple(found.shape) != (layers, len(TAPS)) or not (found.isfinite() & (found > 0)).all():
+        raise REDError(f"{path}: {TAP_WEIGHTS} in its metadata must be {layers} x {len(TAPS)} positive numbers. Resume from another checkpoint.")
+    return found
+
+
+@contextlib.contextmanager
+def _readable(checkpoint):
+    """torch's files of a checkpoint: data alone, never code. What is anything else is refused, and nothing of it is run."""
+    try:
+        yield
+    except (REDError, torch.OutOfMemoryError):
+        raise
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise REDError(f"The optimizer, schedule or random state in {checkpoint} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}. "
+                       "Resume from another checkpoint.") from error
 
 
 class RoomForCheckpoints(TrainerCallback):

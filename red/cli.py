@@ -1,4 +1,4 @@
-"""The command `red`: demo, distill, compress, plan, erank, lori, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
+"""The command `red`: demo, doctor, distill, compress, plan, erank, lori, eval, export. Heavy imports happen inside the commands, so that `red -h` answers at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from red.lori import command as lori_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one command; returns the exit code: 0, 1 where red doctor finds something red, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = _parser().parse_known_args([_underscored(argument) for argument in arguments])
     try:
-        if rest and options.run not in (distill, compress, lori_command.lori):
+        if rest and options.run not in (distill, compress, doctor, lori_command.lori):
             raise REDError(f"red {options.command} does not know {rest[0]!r}. See red {options.command} -h.")
         options.rest = rest
-        options.run(options)
+        return options.run(options) or 0
     except REDError as error:
         print(f"red: {error}", file=sys.stderr)
         return 2
@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nred: interrupted. {_kept(options)}", file=sys.stderr)
         return 130
-    return 0
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -51,6 +50,12 @@ def _rate_of_start(text: str) -> tuple[str, float]:
         return start, float(rate)
     except ValueError:
         raise REDError(f"--learning_rate {text}: expected START=RATE, such as pca=2e-3.") from None
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from red.doctor import run
+
+    return run(options)
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -131,6 +136,7 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{options.checkpoint} is not a checkpoint: it has no config.json. {hint}")
     require_empty_output(options.out, what="--out")
 
+    from red.checkpoints import teacher_of
     from red.distillation import _tokenizer_beside
     from red.export import export as run
     from red.prepare import load_teacher
@@ -140,7 +146,9 @@ def export(options: argparse.Namespace) -> None:
         raise REDError(f"{source} has no tokenizer. Name the teacher's folder: --tokenizer PATH")
     tokenizer = _tokenizer_beside(source)
     student = load_teacher(folder.absolute(), "float32")  # exact for bf16 weights; cast once, below
-    print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama))
+    if (teacher := options.teacher or teacher_of(folder)) is None:
+        print("red: the teacher is not known, so its licence is not carried along. Name it: --teacher PATH", file=sys.stderr)
+    print(run(student, tokenizer, options.out, dtype=options.dtype or _stored_dtype(folder), as_llama=options.as_llama, teacher=teacher))
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -193,6 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "seed", type=int, help="of the training text, its order and the starts")
     option(added, "processes", type=int, metavar="N", help="students that train at once [one per core]")
     option(added, "device", choices=("auto", "cpu", "cuda"), help="[auto: a GPU if there is one]")
+
+    from red import doctor as examining  # its options; nothing heavy
+
+    examining.add_options(command(doctor, "doctor", "before a distillation: is all well?", examining.DESCRIPTION, usage="red doctor --teacher TEACHER --data FILE [--setting value ...]"))
 
     added = command(distill, "distill", "teacher + text -> student", DISTILL, add_help=False, usage="red distill [--config FILE] [--setting value ...]")
     added.add_argument("-h", "--help", action=DistillHelp, nargs=0, help="show this and every setting")
@@ -248,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     option(added, "dtype", metavar="DTYPE", help="float32, bfloat16 or float16 [as stored]")
     option(added, "as_llama", action="store_true", help="write a Qwen2 student as a Llama, for engines that ignore Qwen2's head_dim")
     option(added, "tokenizer", metavar="PATH", help="folder of the tokenizer, where the checkpoint has none")
+    option(added, "teacher", metavar="PATH", help="folder or name of the teacher, whose licence goes along [the one that the checkpoint names]")
     return parser
 
 

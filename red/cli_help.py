@@ -9,6 +9,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
 
   red demo       the embedded example, end to end, on any laptop: watch a random start lose its reasoning and RED keep it
   red distill    teacher + text -> a plain Hugging Face checkpoint of a smaller width
+  red doctor     before that: labels, packing, loss, weights, disk and memory, looked at on your own teacher and text
   red compress   the same without training: the fitted start as a checkpoint, in minutes
   red plan       what that will need: memory by part, FLOPs, hours, the micro-batch that fits; arithmetic alone
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
@@ -68,7 +69,7 @@ GROUPS = {
     "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
     "speed and memory": ("student_dtype", "packed_attention", "checkpointing", "compile_layers", "teacher_fp8"),
-    "watching for collapse": ("erank_steps", "erank_floor", "erank_patience", "erank_stop"),
+    "watching: collapse, and reasoning": ("erank_steps", "erank_floor", "erank_patience", "erank_stop", "canary_steps", "canary_file", "canary_samples"),
     "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns"),
 }
 

@@ -68,5 +68,5 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
         calibration = Calibration.load(calibration)
     calibration = ready_calibration(teacher, config, rows=rows, calibration=calibration, tokenizer=tokenizer)
     student = start_projections(teacher, config, calibration, calibration_batches(rows, config.calibration_samples), folder).student.eval()
-    report = export(student, tokenizer, folder / "student", dtype=dtype or teacher.dtype)
+    report = export(student, tokenizer, folder / "student", dtype=dtype or teacher.dtype, teacher=teacher.name_or_path)
     return CompressResult(student, report.path, folder / START_FILE if fit_of(config) != "none" else None, report)

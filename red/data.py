@@ -24,7 +24,7 @@ __all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_pack
            "save_examples", "tokenise", "tokenizer_hash"]
 
 BATCH = 1000  # texts that are tokenised together
-HASH_KEY = "tokenizer_hash"
+HASH_KEY, UTF8 = "tokenizer_hash", "Save it in UTF-8: iconv -f latin1 -t utf-8, say."
 
 
 def load_examples(source, tokenizer=None, *, text_column: str = "text", max_length: int | None = None, assistant_only_loss: bool = False) -> list[dict]:
@@ -156,8 +156,7 @@ def check_source(source, tokenizer) -> None:
         stored = re.search(HASH_KEY + r"\W{1,3}([0-9a-f]{64})", source.info.description or "")
         check_hash(stored and stored.group(1), tokenizer, "The data set")
     elif isinstance(source, Mapping):
-        raise REDError(f"The data is a dict with the keys {', '.join(map(str, source))}, not a sequence of examples. "
-                       "Give one of its splits, or a list of dicts.")
+        raise REDError(f"The data is a dict with the keys {', '.join(map(str, source))}, not a sequence of examples. Give one of its splits, or a list of dicts.")
     elif not isinstance(source, Iterable):
         raise REDError(f"Data of type {type(source).__name__} cannot be read. Give a path, a datasets.Dataset, or an iterable of texts or dicts.")
 
@@ -170,14 +169,13 @@ def open_path(path: Path, tokenizer) -> Iterable:
     if path.suffix == ".txt":
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise REDError(f"{path} is not UTF-8: {error}. Convert the file.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise REDError(f"{path} cannot be read as text: {error}. {UTF8}") from error
         documents = re.split(r"\n[ \t\r]*\n", text.strip())
         return documents if len(documents) > 1 else text.strip().splitlines()
     if path.suffix == ".jsonl":
         return _json_lines(path, tokenizer)
-    raise REDError(f"The data file {str(path)!r} ends in {path.suffix or 'nothing'!r}; red reads .txt, .jsonl and folders of "
-                   "datasets.save_to_disk. Convert it, or load it with `datasets` and pass the data set.")
+    raise REDError(f"The data file {str(path)!r} ends in {path.suffix or 'nothing'!r}; red reads .txt, .jsonl and folders of datasets.save_to_disk. Convert it, or load it with `datasets` and pass the data set.")
 
 
 def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
@@ -186,9 +184,9 @@ def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except ValueError as error:  # not UTF-8 is one too
-                raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line.") from error
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line, in UTF-8.") from error
             if isinstance(value, dict) and set(value) == {HASH_KEY}:
                 check_hash(value[HASH_KEY], tokenizer, str(path))
             else:
@@ -213,7 +211,7 @@ def _saved_dataset(path: Path):
 def check_hash(stored: str | None, tokenizer, what: str) -> None:
     """REDError if a hash was stored and is not this tokenizer's."""
     if stored and tokenizer is not None and stored != tokenizer_hash(tokenizer):
-        raise REDError(f"{what} was tokenised by another tokenizer (hash {stored[:12]}; the teacher's is {tokenizer_hash(tokenizer)[:12]}). "
+        raise REDError(f"{what} was tokenised by another tokenizer (hash {str(stored)[:12]}; the teacher's is {tokenizer_hash(tokenizer)[:12]}). "
                        "Tokenise its text again with the teacher's tokenizer, or give the text itself.")
 
 
@@ -288,7 +286,10 @@ def _given(item: Mapping, number: int) -> dict:
     example = {}
     for key in ("input_ids", "labels", "attention_mask"):
         if item.get(key) is not None:
-            value = np.asarray(item[key])
+            try:
+                value = np.asarray(item[key])
+            except ValueError:  # lists of different lengths in it
+                value = np.empty((1, 1))
             if value.ndim != 1 or (value.size and value.dtype.kind not in "iub"):
                 raise REDError(f"Example {number}: {key} must be a flat list of integers, not {value.dtype} of shape {value.shape}.")
             example[key] = value.astype(np.int64).clip(-2**31, 2**31 - 1).astype(np.int32)

@@ -119,8 +119,8 @@ def _checked_tokenizer(given: PreTrainedTokenizerBase | None, teacher: str | Pat
 def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise REDError(f"There is no tokenizer beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
+    except Exception as error:  # tokenizers raises bare ones
+        raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
 
 
 def _named_dataset(config: REDConfig):

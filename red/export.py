@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 from red import families
 from red.errors import REDError
 from red.files import atomic_write_safetensors, require_empty_output, sync
+from red.licences import carry, terms_of
 from red.preflight import probe, probe_tokenizer, run_preflight
 
 
@@ -66,7 +67,7 @@ def check_width(config: PreTrainedConfig, hidden_size: int) -> None:
 
 
 def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output_dir: str | Path, *, dtype: torch.dtype | str | None = None,
-           verify: bool = True, as_llama: bool = False) -> ExportReport:
+           verify: bool = True, as_llama: bool = False, teacher: str | Path | None = None) -> ExportReport:
     """Write the student with its tokenizer and generation settings, reload it in a fresh process, and compare.
 
     Args:
@@ -77,6 +78,7 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         verify: False leaves the reloading out.
         as_llama: write a Qwen2 student as a Llama with q/k/v biases and a zero o bias: for engines whose Qwen2 code takes
             hidden_size // heads for the head width and ignores head_dim.
+        teacher: its folder or name on the hub: licence and notices are copied from there, and README.md names it (`red.licences`). None: neither.
 
     Raises:
         REDError: unusable folder or dtype, weights that are not finite, or a checkpoint that does not reload to the same logits.
@@ -90,6 +92,8 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
+        if teacher:
+            carry(terms_of(teacher), aside, hidden_size=model.config.hidden_size)
         found = _verify(model, tokenizer, aside, reference) if verify else {}
         size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
         for file in aside.rglob("*"):

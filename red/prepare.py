@@ -39,7 +39,17 @@ def load_teacher(name_or_path: str | Path, dtype: str = "auto", device: torch.de
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise REDError(f"teacher_dtype={dtype!r} is no dtype for a teacher; use auto, float32 or bfloat16.")
     families.teacher_config(name_or_path)
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype), trust_remote_code=False)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # damaged files come as errors of a dozen kinds
+        raise REDError(f"The teacher {str(name_or_path)!r} cannot be loaded: {error}. Get its files again; weights should be safetensors.") from error
+    absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if absent:  # transformers fills them at random, and goes on
+        raise REDError(f"The teacher {str(name_or_path)!r} lacks weights, or has them in another shape: {', '.join(absent[:3])}{f' and {len(absent) - 3} more' if absent[3:] else ''}. "
+                       "Get its files again.")
+    return model
 
 
 def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict]:

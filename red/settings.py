@@ -13,6 +13,7 @@ from pathlib import Path
 from red.errors import REDError
 from red.files import nearest, require_existing
 
+LARGEST, BRACKETS = 2**20, 200  # of a YAML file
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "~")
 
 
@@ -32,7 +33,7 @@ def build_config(settings: Mapping[str, object], config_class=None):
         return config_class(**values)
     except REDError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments checks itself
+    except (ValueError, TypeError, ImportError, OSError, AttributeError, KeyError, RuntimeError) as error:  # TrainingArguments checks itself
         raise REDError(f"These settings do not go together: {error}") from error
 
 
@@ -51,9 +52,13 @@ def read_yaml(path: str | Path) -> dict[str, object]:
 
     path = require_existing(path, "The config file")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise REDError(f"{path} is not YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        brackets = text.count("{") + text.count("[")
+        if len(text) > LARGEST or brackets > BRACKETS:  # nested ones take the parser quadratic time
+            raise yaml.YAMLError(f"{len(text):,} characters and {brackets:,} brackets; the settings of a run have {LARGEST:,} and {BRACKETS} at most")
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise REDError(f"{path} is not YAML that red reads: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):

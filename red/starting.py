@@ -21,6 +21,7 @@ from red.fitting import fit_maps, forecast
 from red.fitting.forecast import measured_rate
 from red.fitting.resume import START_FILE, StartFolder, read_start
 from red.fitting.shared_map import ITERATIONS
+from red.map_files import check_maps
 
 METHOD = 1  # raised when the same settings come to mean other maps, so that files of before are not used
 
@@ -122,8 +123,10 @@ def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: l
 def _from_file(teacher: PreTrainedModel, config: REDConfig) -> starts.StartMaps:
     fit_of(config)
     found = read_start(config.start, model_hash(teacher))
-    width = found["model.embed_tokens.weight"].shape[1]
-    if width != config.hidden_size:
+    embedding = found.get("model.embed_tokens.weight")
+    width = embedding.shape[1] if embedding is not None and embedding.dim() == 2 else None
+    if width is not None and width != config.hidden_size:
         raise REDError(f"hidden_size={config.hidden_size}, but start={config.start!r} is of width {width}. Give hidden_size={width}, or compress again. "
                        f"The {START_FILE} of a run has the width of its student.")
+    check_maps(found, teacher.config, config.hidden_size, f"start={config.start!r}")
     return starts.StartMaps(found, found.pop("channels", None))

@@ -96,8 +96,10 @@ class FileSource:
 
     def _parsed(self, line: bytes, place: int):
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return json.loads(self._text(line))
+        except REDError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise REDError(f"{self.path}, the line at byte {place} is not JSON: {error}. A .jsonl file holds one object a line.") from error
 
 

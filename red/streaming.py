@@ -253,4 +253,9 @@ class StreamLoading:
         path = Path(checkpoint) / STREAM_FILE
         if not path.is_file():
             raise REDError(f"{checkpoint} has no {STREAM_FILE}: that run did not stream its text. Resume with streaming=False, or begin a new run.")
-        self.train_dataset.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            self.train_dataset.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        except REDError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise REDError(f"{path} cannot be read: {error!r}. Resume from another checkpoint.") from error

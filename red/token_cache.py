@@ -89,7 +89,7 @@ def _read(place: Path) -> PackedDataset | None:
         tokens, labels, bounds, rows = arrays.values()
         whole = len(tokens) == len(labels) == bounds[-1] == facts["tokens"] and rows[-1] == len(bounds) - 1 and bounds[0] == rows[0] == 0
         whole = whole and bool((np.diff(bounds) > 0).all() and (np.diff(rows) > 0).all())
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         whole = False
     if whole:
         return PackedDataset(tokens, labels, bounds, rows, facts["length"], facts["pad_token_id"])

@@ -17,12 +17,13 @@ import types
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.utils import logging
 
 from red import attention, checkpointing, float8, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
+from red.canary import CanaryCallback, canary_problems
 from red.checkpoints import Checkpoints, RoomForCheckpoints
 from red.compiled import CompiledLayers
 from red.config import REDConfig
@@ -32,6 +33,7 @@ from red.export import export
 from red.guard import StepGuard
 from red.memory_advice import explained
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
+from red.progress import RateAndLosses
 from red.projections import Projections
 from red.rank_bonus import RankBonus
 from red.sharding import ShardedTraining, gathered, is_sharded, whole_student
@@ -72,6 +74,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
         if is_sharded(teacher):
             raise REDError("This teacher was sharded by an earlier trainer, and a start needs whole weights. Load it anew.")
+        canary = canary_problems(args.canary_file, args.canary_samples) if args.canary_steps else ()  # a broken file is refused first
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
         rows = [source if source is None else read(source, processing_class, teacher, args)
@@ -106,10 +109,14 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
             self._shard(args.sharding)
         # the losses below divide by global counts, so Trainer must not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
-        self._counts: losses.Counts | None = None
+        self._counts: losses.Counts | None = None  # of the step, a rank's mean
         if args.erank_steps:
             held_out = rows[1] if rows[1] is not None else rows[0] if rows[0] is not None else ()
             self.add_callback(ERankCallback(self, held_out, steps=args.erank_steps, floor=args.erank_floor, patience=args.erank_patience, stop=args.erank_stop))
+        if args.canary_steps:
+            self.add_callback(CanaryCallback(self, canary, steps=args.canary_steps))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(RateAndLosses(self))
         self.guard, self.termination = StepGuard(self, args.max_skipped_steps), Termination()
         for callback in (self.guard, self.termination, RoomForCheckpoints(self.projections)):
             self.add_callback(callback)
@@ -268,6 +275,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,
         and the first one writes; the others get None."""
         student = self.student if self.mesh is None else whole_student(self.student, keep=self.is_world_process_zero())
+        kwargs.setdefault("teacher", self.teacher.name_or_path)
         return export(student, self.processing_class, output_dir, **kwargs) if self.is_world_process_zero() else None
 
 

@@ -71,7 +71,7 @@ def test_distill_writes_a_student_and_checkpoints(run, capsys):
 def test_export_takes_model_and_tokenizer_only(run, capsys):
     assert main(["export", str(run / "run" / "checkpoint-2"), "--out", str(run / "exported"), "--dtype", "bfloat16"]) == 0
     assert "bfloat16" in capsys.readouterr().out
-    assert {path.name for path in (run / "exported").iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    assert {path.name for path in (run / "exported").iterdir()} == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                                                                     "tokenizer_config.json"}
     assert "not empty" in refused(capsys, "export", run / "run" / "checkpoint-2", "--out", run / "exported")
     message = refused(capsys, "export", run / "run", "--out", run / "other")

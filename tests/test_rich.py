@@ -136,7 +136,7 @@ def test_the_teacher_is_small_and_says_how_it_was_made(shipped):
     made = json.loads((SHIPPED / "training.json").read_text())
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 16 * 2**20
     assert {path.name for path in SHIPPED.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"
     }
     assert {"command", "seed", "tokens", "seconds", "versions", "commit", "exact_match", "easy", "level"} <= made.keys()
     assert made["model_sha256"] == sha256(SHIPPED) and made["parameters"] == sum(p.numel() for p in model.parameters())
