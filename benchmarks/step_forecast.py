@@ -52,7 +52,7 @@ class Forecast:
 
 def forecast(setup: Setup, size: Size) -> Forecast:
     teacher = costs.Sizes.of(AutoConfig.for_model(**size.teacher))
-    student, d, width = teacher.narrowed(size.width), teacher.width, size.width
+    student, width = teacher.narrowed(size.width), size.width
     rung, settings = setup.rung, setup.settings
     tokens = (rung.rows or size.rows) * size.length
     micro_steps = size.tokens // tokens

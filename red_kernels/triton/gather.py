@@ -7,7 +7,6 @@ two lines, and an unsorted one finds the program's own rows in L1, since a progr
 zero without a read; that is how an inverse index, -1 where a channel was left out, makes the gradient in one pass.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
