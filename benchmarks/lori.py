@@ -75,10 +75,10 @@ def longer(results: Path = RESULTS, steps: int = 2000, rates=(1e-3, 3e-3), metho
     _write(results, {"longer": {"steps": steps, "rates": rates, "methods": found}})
 
 
-def corners(results: Path = RESULTS, steps: int = 600) -> None:
-    """Teacher and narrowed teacher, each explicit and latent."""
+def corners(results: Path = RESULTS, steps: int = 600, latent_steps: int = 2000, rate: float = 1e-3) -> None:
+    """Teacher and narrowed teacher, each explicit and latent, with the training steps and the rate that `longer` found to be enough for the teacher."""
     torch.set_num_threads(1)
-    rate, found = learning_rates()["lori"], {}
+    found = {}
     teacher, tokenizer, _ = load(teacher_path(), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as place:
         texts = [{"prompt": row.question, "completion": f" <bot> {' '.join(row.steps)} <eot> {ANSWER_PREFIX} {row.answer}"}
@@ -88,11 +88,12 @@ def corners(results: Path = RESULTS, steps: int = 600) -> None:
         save(f"{place}/narrow", LatentModel(narrowed.student, latent_steps=0), tokenizer, Facts("explicit", 0, False, ANSWER_PREFIX, "explicit_cot"))
         for name, folder in (("teacher", teacher_path()), ("student", f"{place}/narrow")):
             for kind, method in (("explicit", "explicit_cot"), ("latent", "lori")):
-                outcome = run_method(MethodRun(method, rate), teacher=folder, trajectories=f"{place}/{name}")
+                outcome = run_method(MethodRun(method, rate, steps=latent_steps), teacher=folder, trajectories=f"{place}/{name}")
                 kept_keys = ("accuracy", "accuracy_by_steps", "tokens", "latent_steps", "parameters", "latency_ms", "train_seconds")
                 found[f"{name} {kind}"] = {key: outcome[key] for key in kept_keys}
                 print(f"{name} {kind}: {found[f'{name} {kind}']}", flush=True)
-    _write(results, {"corners": {"hidden_size": [teacher.config.hidden_size, NARROW], "narrowed_by": f"red.distill, start fitted, {steps} steps", **found}})
+    _write(results, {"corners": {"hidden_size": [teacher.config.hidden_size, NARROW], "narrowed_by": f"red.distill, start fitted, {steps} steps",
+                                 "latent_steps_of_training": latent_steps, "learning_rate": rate, **found}})
 
 
 def _write(results: Path, part: dict) -> None:
