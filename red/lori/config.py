@@ -84,6 +84,8 @@ class LoRiConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all; looking for unused ones fails where a step reads its rows twice (codi_joint)
         self._check()
 
     @property
