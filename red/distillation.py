@@ -59,6 +59,8 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the REDConfig.")
     config = config or build_config(settings)
+    if not isinstance(config, REDConfig):
+        raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
     train_data = training_source(train_data, config)
     if teacher is None or train_data is None:

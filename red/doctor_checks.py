@@ -237,6 +237,8 @@ def _checkpoints(config: REDConfig) -> int:
         return 0
     every = config.save_steps * config.max_steps if config.save_steps < 1 else config.save_steps
     coming = math.ceil(config.max_steps / every) if strategy == "steps" and config.max_steps > 0 and every else 1
+    if strategy == "epoch" and config.max_steps <= 0:
+        coming = math.ceil(config.num_train_epochs)
     return min(coming, config.save_total_limit + 1) if config.save_total_limit else coming
 
 

@@ -98,7 +98,7 @@ def card(terms: Terms, hidden_size: int) -> str:
 def front_matter(path: Path) -> dict[str, str]:
     """The plain `key: value` lines between the `---` lines at the head of a card. No YAML parser: a stranger's file can keep one busy for hours."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors put a byte order mark in front
             head = file.read(LARGEST).lstrip()
     except (OSError, ValueError):
         return {}

@@ -150,6 +150,7 @@ def test_disk(teacher, tmp_path, monkeypatch):
     sizes, settings = Sizes.of(teacher.config), config_of(tmp_path, max_steps=100, save_steps=10, save_total_limit=3)
     found = doctor_checks.disk(sizes, settings)
     assert found.ok and "4 checkpoints" in found.found
+    assert "7 checkpoints" in doctor_checks.disk(sizes, config_of(tmp_path, max_steps=-1, save_strategy="epoch", num_train_epochs=6.5)).found
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(1, 1, 10**6))
     found = doctor_checks.disk(sizes, settings)
     assert found.ok is False and "save_total_limit" in found.remedy

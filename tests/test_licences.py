@@ -84,6 +84,11 @@ def test_research_only_is_said(tmp_path, warnings):
     assert not Terms("a", "apache-2.0").research_only and Terms("a", "cc-by-nc-4.0").research_only
 
 
+def test_a_byte_order_mark_hides_nothing(tmp_path):
+    (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n", encoding="utf-8-sig", newline="")
+    assert terms_of(tmp_path).license == "mit"
+
+
 def test_names():
     assert licences._name("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
     assert licences._name("/home/someone/my models/Qwen 2.5 (copy)") == "Qwen-2.5-copy"

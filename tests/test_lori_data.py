@@ -68,6 +68,7 @@ def test_answers_are_compared_as_numbers(said, right, expected):
 
 def test_the_last_number():
     assert (number("a 3 and 4.25."), number("none"), number("$1,000,000")) == (4.25, None, 1e6)
+    assert (number(".5"), number("10-5"), number("1, 2"), number("3,4"), number("x = −3"), number("-.25"), number("1234,5678")) == (0.5, 5, 2, 4, -3, -0.25, 5678)
 
 
 def test_what_a_model_reads_and_says():

@@ -140,6 +140,17 @@ def test_a_saved_model_is_the_same(made, tmp_path, family, tied):
     assert torch.equal(plain(batch["target_ids"]).logits, model.model(batch["target_ids"]).logits)
 
 
+def test_a_saved_model_serves_in_bfloat16(made, tmp_path):
+    """Also loaded on the CPU and moved afterwards: the projection's dtype need not be the model's. Logits are the float32 ones to bfloat16's rounding."""
+    model, tokenizer, rows, tokens = made(dtype=torch.float32)
+    files.save(tmp_path / "saved", model, tokenizer, files.Facts("latent", 3, True, PREFIX, "lori"))
+    loaded, again, facts = files.load(tmp_path / "saved", dtype=torch.bfloat16)
+    batch = batch_of(rows, "latent", **tokens)
+    mine, theirs = (one(**inputs(batch)).logits.float() for one in (loaded, model))
+    assert loaded.model.dtype == torch.bfloat16 and (mine - theirs).norm() <= 0.05 * theirs.norm()
+    assert len(answer(loaded, again, table_rows(3), facts, max_new_tokens=2)[0]) == 3
+
+
 def test_a_folder_that_is_no_latent_model_is_refused(made, tmp_path):
     model, tokenizer, _, _ = made(dtype=torch.float32)
     folder = files.save(tmp_path / "saved", model, tokenizer, files.Facts("latent", 3, True, PREFIX))

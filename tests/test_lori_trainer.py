@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -205,8 +206,17 @@ def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
         train(resume=True, **settings)
     with pytest.raises(KeyboardInterrupt):
         train("other", callbacks=[Interrupt(2)], max_steps=2, save_strategy="steps", save_steps=1)
-    with pytest.raises(REDError, match="another model or another preset: projection"):
+    (tmp_path / "other" / "checkpoint-2").mkdir()  # a kill in the middle of a save: weights, and no trainer's state
+    shutil.copy(tmp_path / "other" / "checkpoint-1" / "lori_state.safetensors", tmp_path / "other" / "checkpoint-2")
+    with pytest.raises(REDError, match="(?s)checkpoint-1.*another model or another preset: projection"):
         train("other", resume=True, preset="coconut", max_steps=2)
+    with pytest.raises(REDError, match="checkpoint-7"):
+        train("other", resume=tmp_path / "other" / "checkpoint-7", max_steps=2)
+    (tmp_path / "other" / "checkpoint-1" / "trainer_state.json").rename(tmp_path / "trainer_state.json")
+    with pytest.raises(REDError, match="no finished checkpoint-N folder"):
+        train("other", resume=True, max_steps=2)
+    (tmp_path / "trainer_state.json").rename(tmp_path / "other" / "checkpoint-1" / "trainer_state.json")
+    assert train("other", resume=tmp_path / "other" / "checkpoint-1", max_steps=2).trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -240,6 +250,10 @@ def test_bad_input_is_refused(train, tiny_teacher, tmp_path):
         red.distill("teacher", [], method="lori", calibration="x")
     with pytest.raises(REDError, match="config or settings"):
         distill("teacher", bare, config=LoRiConfig(**settings_of(tmp_path)), energy=0.5)
+    with pytest.raises(REDError, match="config is a REDConfig.*LoRiConfig"):
+        red.distill("teacher", bare, method="lori", config=red.REDConfig(hidden_size=16, output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(REDError, match="config is a LoRiConfig.*REDConfig"):
+        red.distill("teacher", bare, config=LoRiConfig(**settings_of(tmp_path)))
     with pytest.raises(REDError, match="needs an explicit teacher and problems"):
         distill(**settings_of(tmp_path))
     with pytest.raises(REDError, match="cannot be loaded"):

@@ -75,5 +75,5 @@ def register(command) -> None:
                     usage="red lori [--config FILE] [--setting value ...]")
     added.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
     added.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    added.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    added.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT", help="go on from the last checkpoint in output_dir, or from the one that is named")
     added.add_argument("--eval_file", metavar="FILE", help="held-out problems; their loss is reported")

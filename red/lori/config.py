@@ -17,7 +17,7 @@ PRESETS = {  # name -> the settings it stands for; any that is given wins
     "lori_no_anchor": {**_LATENT, "rationale_weight": 1.0},
     "lori_no_second_order": {**_LATENT, "rationale_weight": 1.0, "second_order_weight": 0.0, "anchor_weight": 1.0},
     "codi": {**_LATENT, "anchor_weight": 1.0},  # the anchor alone, against LoRi's fixed teacher
-    "codi_joint": {**_LATENT, "anchor_weight": 1.0, "cot_weight": 1.0, "anchor_teacher": "self"},  # as published: the student is its own teacher
+    "codi_joint": {**_LATENT, "anchor_weight": 1.0, "cot_weight": 1.0, "anchor_teacher": "self"},  # the student is its own teacher; as published with drop_last_step too
     "coconut": {**_LATENT, "projection": False, "curriculum": 0.5},  # feeds the state back as it is
     "explicit_cot": {**_LATENT, "target": "explicit", "latent_steps": 0},
     "no_cot": {**_LATENT, "target": "none", "latent_steps": 0},
@@ -84,6 +84,8 @@ class LoRiConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning serves copies to a GPU, and torch warns where there is none
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all; looking for unused ones fails where a step reads its rows twice (codi_joint)
         self._check()
 
     @property

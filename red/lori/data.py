@@ -24,7 +24,7 @@ from red.files import nearest, require_existing
 
 BOT, EOT = "<bot>", "<eot>"
 TARGETS = ("explicit", "none", "latent")  # what stands between question and answer
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")  # 10-5 is a difference, 1,2 two numbers
 BRACKETS = re.compile(r"<<.*?>>")
 
 
@@ -90,7 +90,7 @@ def split_steps(steps) -> tuple[str, ...]:
 def number(text: str) -> float | None:
     """The last number of a text; None where there is none. "1,234.50" is 1234.5."""
     found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def same_answer(said: str, right: str, prefix: str = "") -> bool:

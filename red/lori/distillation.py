@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
+from red.checkpoint_folders import checkpoints
 from red.data import pad_id
 from red.errors import REDError
-from red.files import require_empty_output
+from red.files import require_empty_output, require_existing
 from red.lori.adapters import with_adapters
 from red.lori.config import LoRiConfig
 from red.lori.data import encode_rows, load_rows
@@ -35,8 +36,8 @@ class LoRiResult:
 
 
 def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, student: str | Path | PreTrainedModel | None = None,
-            tokenizer: PreTrainedTokenizerBase | None = None, eval_data=None, config: LoRiConfig | None = None, callbacks=None, resume: bool = False,
-            **settings) -> LoRiResult:
+            tokenizer: PreTrainedTokenizerBase | None = None, eval_data=None, config: LoRiConfig | None = None, callbacks=None,
+            resume: bool | str | Path = False, **settings) -> LoRiResult:
     """Train a student that answers after a few latent steps, and write it to `output_dir/student`.
 
     Args:
@@ -46,7 +47,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         tokenizer: the teacher's; loaded beside it if None.
         eval_data: problems whose task loss is reported.
         config: a LoRiConfig; or give its fields as keyword `settings`, never both. `preset` chooses the method or a baseline.
-        resume: go on from the last checkpoint in `output_dir`.
+        resume: True goes on from the last checkpoint in `output_dir` that was finished; a path from that checkpoint.
 
     Raises:
         REDError: bad input, before any training and before anything is written.
@@ -57,6 +58,8 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the LoRiConfig.")
     config = config or build_config(settings, LoRiConfig)
+    if not isinstance(config, LoRiConfig):
+        raise REDError(f"config is a {type(config).__name__}; method='lori' takes a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
     source = train_data if train_data is not None else config.train_file or _named_dataset(config)
     if teacher is None or source is None:
@@ -65,9 +68,8 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     path = Path(config.output_dir) / "student"
     if not resume:
         require_empty_output(config.output_dir, ignoring=(TRAJECTORIES,))
-    elif not (Path(config.output_dir).is_dir() and get_last_checkpoint(config.output_dir)):
-        raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
+        resume = _checkpoint(config.output_dir, resume)
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
     columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
     rows = load_rows(source, **columns)
@@ -95,6 +97,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         trainer.export(path)
     trainer.accelerator.wait_for_everyone()
     return LoRiResult(model, path, metrics, trainer)
+
+
+def _checkpoint(output_dir: str, resume: bool | str | Path) -> str:
+    """The folder to go on from. The trainer's state is written last: where it is missing the save was interrupted."""
+    if resume is not True:
+        return str(require_existing(resume, "The checkpoint"))
+    finished = [folder for folder in checkpoints(output_dir) if (folder / TRAINER_STATE_NAME).is_file()]
+    if not finished:
+        raise REDError(f"output_dir={output_dir!r} has no finished checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
+    return str(finished[-1])
 
 
 def _teacher(teacher, tokenizer, config: LoRiConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

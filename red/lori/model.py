@@ -95,7 +95,9 @@ class LatentModel(nn.Module):
 
     def next_input(self, hidden: Tensor) -> Tensor:
         """The next input embedding [B, 1, d] of the last hidden state [B, 1, d]."""
-        return hidden if self.projection is None else self.projection(hidden)
+        if self.projection is None:
+            return hidden
+        return self.projection(hidden.to(self.projection[-1].weight.dtype)).to(hidden.dtype)  # a projection in float32 serves a model in bfloat16 too
 
 
 def positions(mask: Tensor) -> Tensor:

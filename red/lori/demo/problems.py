@@ -4,7 +4,7 @@
     steps      3 0    0 6
     answer     6
 
-The table is one cycle through all eight numbers, its pairs in random order, so no number comes twice and guessing is right once in eight. Two layers
+The table is one cycle through all eight numbers, its pairs in random order, so no number comes twice and guessing is right once in seven. Two layers
 can look up where the word before them leads; whoever wants to know more has to write that down and look again, or to take a latent step.
 """
 

@@ -1,0 +1,71 @@
+"""LoRi in two processes with gloo (DistributedDataParallel) trains what one process trains with the same rows a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_lori import number_tokenizer, settings_of, table_rows
+
+TESTS = Path(__file__).parent
+PRESETS = ("lori", "codi_joint")  # the latter reads its rows twice a step, once without the projection
+KEYS = ("loss", "grad_norm", "task", "rationale", "anchor", "cot")
+
+
+def train(folder: Path, preset: str, rows: int):
+    """Three steps over 8 rows each in 2 micro-batches, `rows` a process and micro-batch."""
+    import red
+    from tiny_models import build_tiny_model
+
+    anchor = {"anchor_distance": "mse"} if preset == "lori" else {"anchor_weight": 0.0, "anchor_teacher": "offline"}  # codi's scale is of the micro-batch
+    return red.distill(build_tiny_model("qwen2", tied=True), table_rows(24), tokenizer=number_tokenizer(), method="lori", preset=preset, **anchor,
+                       **settings_of(folder / preset, max_steps=3, per_device_train_batch_size=rows, gradient_accumulation_steps=2, adam_epsilon=1e-3, max_grad_norm=0.5))
+
+
+def main(folder: str) -> None:
+    """What each worker runs."""
+    for preset in PRESETS:
+        result = train(Path(folder), preset, rows=2)
+        trainer = result.trainer
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel" and trainer.args.world_size == 2 and (result.path / "lori.json").is_file()
+        save_file(weights(result), Path(folder) / f"{preset}-{trainer.args.process_index}.safetensors")
+        if trainer.args.process_index == 0:
+            (Path(folder) / f"{preset}.json").write_text(json.dumps(logged(result)))
+
+
+def weights(result) -> dict:
+    return {name: value.detach().clone() for name, value in result.model.named_parameters()}
+
+
+def logged(result) -> list[list[float]]:
+    return [[entry[key] for key in KEYS] for entry in result.trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_processes_train_what_one_does(parallel, tmp_path, preset):
+    alone = train(tmp_path, preset, rows=4)
+    expected, (first, second) = weights(alone), (load_file(parallel / f"{preset}-{rank}.safetensors") for rank in range(2))
+    for name, value in expected.items():
+        assert (first[name] == second[name]).all(), f"the ranks differ in {name}"
+        assert (first[name] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
+    for mine, theirs in zip(json.loads((parallel / f"{preset}.json").read_text()), logged(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
