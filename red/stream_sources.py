@@ -96,7 +96,7 @@ class FileSource:
 
     def _parsed(self, line: bytes, place: int):
         try:
-            return json.loads(self._text(line))
+            return json.loads(self._text(line, place))
         except REDError:
             raise
         except (ValueError, RecursionError) as error:
