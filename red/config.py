@@ -64,7 +64,7 @@ class REDConfig(TrainingArguments):
     compile_layers: bool = field(default=False, metadata={"help": "Compile the decoder layers of teacher and student for the training step: one graph a model. Recomputes what is cheap by itself; not with checkpointing."})
     teacher_fp8: bool = field(default=False, metadata={"help": "Run the teacher's decoder layers in float8 (e4m3, scaled by row) in training steps; needs a GPU of compute capability 9.0. A CPU emulates it."})
 
-    erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none. A check took a fifth of a step on the embedded example: less than 1 % of the time from 20 up."})
+    erank_steps: int = field(default=0, metadata={"help": "Steps between checks of the student's effective rank per layer, logged beside the teacher's; 0: none. A check took a seventh of a step on the embedded example: less than 1 % of the time from 20 up."})
     erank_floor: float = field(default=0.25, metadata={"help": "Share of the teacher's effective rank below which a check counts as collapsed."})
     erank_patience: int = field(default=3, metadata={"help": "Checks in a row below erank_floor that make a collapse, which is warned of."})
     erank_stop: bool = field(default=False, metadata={"help": "Stop the training at a collapse."})
