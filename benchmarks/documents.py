@@ -82,14 +82,18 @@ def span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} – {high}"
 
 
-def filled(page: str) -> str:
-    """`page` with both tables between their markers."""
-    found = json.loads(AOT.read_text()) if AOT.exists() else None
-    for name, text in (("floors", floors()), ("resources", resources(found))):
+def between_markers(page: str, texts: dict[str, str]) -> str:
+    """`page` with each text between its markers <!-- name --> and <!-- /name -->, of which there must be one pair."""
+    for name, text in texts.items():
         page, times = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
         if times != 1:
-            raise ValueError(f"{PAGE} has {times} places <!-- {name} --> … <!-- /{name} -->, expected one")
+            raise ValueError(f"the page has {times} places <!-- {name} --> … <!-- /{name} -->, expected one")
     return page
+
+
+def filled(page: str) -> str:
+    """`page` with both tables between their markers."""
+    return between_markers(page, {"floors": floors(), "resources": resources(json.loads(AOT.read_text()) if AOT.exists() else None)})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.documents import table
+from benchmarks.documents import between_markers, table
 from red import costs
 from red.costs import Sizes
 from red.gpus import GPUS
@@ -121,11 +120,7 @@ TABLES = {"paper": paper, "parts": parts, "growth": growth, "kinds": kinds, "bre
 
 def filled(page: str) -> str:
     """`page` with every table between its markers."""
-    for name, make in TABLES.items():
-        page, times = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=make(): f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
-        if times != 1:
-            raise ValueError(f"{PAGE} has {times} places <!-- {name} --> … <!-- /{name} -->, expected one")
-    return page
+    return between_markers(page, {name: make() for name, make in TABLES.items()})
 
 
 if __name__ == "__main__":

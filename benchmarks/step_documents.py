@@ -7,7 +7,6 @@ Predictions come from step_forecast.py; measurements from benchmarks/results/ste
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.documents import table
+from benchmarks.documents import between_markers, table
 from benchmarks.ladder import SIZES, setups
 from benchmarks.step_forecast import forecast
 
@@ -59,11 +58,7 @@ def filled(page: str) -> str:
     """`page` with every table between its markers."""
     gpu = next((found for path in sorted(RESULTS.glob("step_*.json")) if (found := json.loads(path.read_text())).get("size") == SIZE), None)
     cpu = RESULTS / "step_cpu.json"
-    for name, text in (("changes", changes()), ("ladder", ladder(gpu)), ("cpu", on_a_cpu(json.loads(cpu.read_text()) if cpu.exists() else None))):
-        page, times = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
-        if times != 1:
-            raise ValueError(f"{PAGE} has {times} places <!-- {name} --> … <!-- /{name} -->, expected one")
-    return page
+    return between_markers(page, {"changes": changes(), "ladder": ladder(gpu), "cpu": on_a_cpu(json.loads(cpu.read_text()) if cpu.exists() else None)})
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_lori import number_tokenizer, settings_of, table_rows
+from tiny_training import run_two_processes
 
-TESTS = Path(__file__).parent
 PRESETS = ("lori", "codi_joint")  # the latter reads its rows twice a step, once without the projection
 KEYS = ("loss", "grad_norm", "task", "rationale", "anchor", "cot")
 
@@ -49,10 +47,7 @@ def logged(result) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(__file__, folder)
     return folder
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import RecordingTrainer, make_trainer, masters, tokenised
+from tiny_training import RecordingTrainer, make_trainer, masters, run_two_processes, tokenised
 from transformers import TrainerCallback
 
 from red.checkpoint_folders import MANIFEST, fault
 from red.errors import REDError, Terminated
 
-TESTS = Path(__file__).parent
 SETTINGS = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)
 
 
@@ -84,10 +82,7 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(__file__, folder)
     return folder, [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model, build_tiny_tokenizer
-from tiny_training import make_trainer, masters, settings_of, tokenised
+from tiny_training import make_trainer, masters, run_two_processes, settings_of, tokenised
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from red.errors import REDError
@@ -160,10 +159,7 @@ def two(tmp_path_factory, one):
     build_tiny_model(tied=True).save_pretrained(folder / "teacher")
     build_tiny_tokenizer().save_pretrained(folder / "teacher")
     (folder / "corpus.txt").write_text("\n".join(f"w{4 + line % 60} w{4 + line * 7 % 60} w{4 + line * 11 % 60} w5" for line in range(80)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_two_processes(__file__, folder)
     return folder
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from reference_lrc import documents
-from tiny_training import make_trainer, masters
+from tiny_training import make_trainer, masters, run_two_processes
 from transformers import TrainerCallback
 
 from red.checkpoint_folders import MANIFEST
@@ -20,7 +17,6 @@ from red.prepare import calibration_batches
 from red.stream_sources import FileSource
 from red.streaming import STREAM_FILE, PackedStream
 
-TESTS = Path(__file__).parent
 SETTINGS = dict(max_steps=6, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, streaming=True)
 
 
@@ -96,10 +92,7 @@ def two_processes(folder: str) -> None:
 
 def test_two_processes_stream_and_one_goes_on(tiny_teacher, tmp_path):
     ids_file(tmp_path / "rows.jsonl")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(__file__, tmp_path)
     checkpoint = tmp_path / "run" / "checkpoint-3"
     assert len(json.loads((checkpoint / STREAM_FILE).read_text())["layouts"][0]) == 2
     resumed = make_trainer(tiny_teacher(), tmp_path / "run", tmp_path / "rows.jsonl", **SETTINGS)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_training import make_trainer, masters, settings_of, tokenised
+from tiny_training import make_trainer, masters, run_two_processes, settings_of, tokenised
 from transformers import AutoModelForCausalLM
 
-TESTS = Path(__file__).parent
 KEYS = ("loss", "grad_norm", "ce", "kl", "tap_mse")
 MODES = {"default": dict(start="activation"), "faithful": dict(start="random", lrc_faithful=True)}
 
@@ -52,10 +50,7 @@ def main(folder: str) -> None:
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
-                          env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(__file__, folder)
     return folder
 
 

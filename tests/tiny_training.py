@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from red.config import REDConfig
@@ -68,3 +73,12 @@ def shake(projections, scale: float = 0.1, seed: int = 7) -> None:
     for factor in projections:
         factor.master += scale * torch.randn(factor.master.shape, generator=generator, dtype=torch.float64).to(factor.master.dtype)
     projections.push_forward()
+
+
+def run_two_processes(script: str | Path, folder: Path) -> None:
+    """`script` as two gloo processes on the CPU with the argument `folder`; fails with what they said."""
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder)],
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
