@@ -272,3 +272,8 @@ def test_sides_are_not_swapped_in_the_table():
     assert "every item was scored alike" not in str(found)
     assert "0.250" in str(found) and found.as_json()["rows"][0]["difference"]["value"] == -0.25
     assert types.SimpleNamespace(**found.as_json()).student["name"] == "S"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(REDError, match="The student's folder .*nowhere' does not exist"):
+        judge(str(tmp_path / "nowhere"), str(tmp_path), tasks=(), speed=False)

@@ -14,6 +14,7 @@ import red
 from red.data import check_examples, load_examples, tokenizer_hash
 from red.distillation import _tokenizer_beside
 from red.errors import REDError
+from red.files import require_existing
 from red.judge.divergence import kl_to_teacher
 from red.judge.harness import LOCAL, REMEDY, Harness, compare, is_installed
 from red.judge.judgement import Judgement
@@ -54,6 +55,9 @@ def judge(student: str | Path, teacher: str | Path, *, tasks: Sequence[str] | No
     elif tasks is None or tasks:
         harness = Harness(LOCAL if tasks is None else tasks, limit=limit, num_fewshot=num_fewshot, chat=chat, batch_size=batch_size)
     names = {"teacher": str(teacher), "student": str(student)}
+    for role, name in names.items():
+        if Path(name).is_absolute() or name.startswith("."):  # no name on the hub
+            require_existing(name, f"The {role}'s folder")
     tokenizers = {role: _tokenizer_beside(name) for role, name in names.items()}
     if data is not None and len({tokenizer_hash(tokenizer) for tokenizer in tokenizers.values()}) > 1:
         raise REDError(f"{names['student']!r} and {names['teacher']!r} have different tokenizers, and a divergence between them has no meaning. "
