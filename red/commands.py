@@ -22,8 +22,26 @@ GROUPS = {
     "watching: collapse, and reasoning": ("erank_steps", "erank_floor", "erank_patience", "erank_stop", "canary_steps", "canary_file", "canary_samples"),
     "training, where red's default is its own": ("learning_rate", "warmup_steps", "lr_scheduler_type", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns"),
 }
-USEFUL = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fsdp", "save_steps", "save_total_limit", "report_to", "run_name",
-          "seed", "max_grad_norm", "weight_decay", "optim", "eval_strategy", "eval_steps", "dataloader_num_workers", "use_cpu")
+USEFUL = {  # of transformers' TrainingArguments, in red's words
+    "max_steps": "Optimiser steps of the training; -1: num_train_epochs says it.",
+    "num_train_epochs": "Passes over the training data, where max_steps is -1.",
+    "per_device_train_batch_size": "Rows of a micro-batch on each device.",
+    "gradient_accumulation_steps": "Micro-batches of a step.",
+    "bf16": "Compute in bfloat16: for GPUs from Ampere on.",
+    "fsdp": "Share everything over GPUs: full_shard. Start one process a GPU, with torchrun.",
+    "save_steps": "Steps between checkpoints; below 1 a share of all steps.",
+    "save_total_limit": "Checkpoints that are kept, the newest; all if not given.",
+    "report_to": "Trackers: none, tensorboard, wandb, trackio, all, or several.",
+    "run_name": "Name of the run in the trackers.",
+    "seed": "Of the order of the training data and of whatever is drawn.",
+    "max_grad_norm": "Norm that gradients are clipped to; 0: not clipped.",
+    "weight_decay": "Weight decay.",
+    "optim": "The optimiser.",
+    "eval_strategy": "When held-out data (--eval_file) is evaluated during the training: no, steps or epoch.",
+    "eval_steps": "Steps between evaluations; logging_steps if not given.",
+    "dataloader_num_workers": "Processes that load, and with streaming tokenise, beside the training.",
+    "use_cpu": "Use the CPU although there is a GPU.",
+}
 
 
 class Command(click.Command):
@@ -68,12 +86,17 @@ def config_of(ctx, file: str | None, config_class=None, given: Mapping[str, obje
     """The config that a SettingsCommand was asked for; what is in `given` wins over both file and command line."""
     from red.settings import build_config, gather
 
-    settings = gather(file, ctx.args)
-    settings |= given or {}
+    settings = gather(file, ctx.args, given or {})
     ctx.obj["output_dir"] = settings.get("output_dir")
     config = build_config(settings, config_class, options=[option.name for option in ctx.command.params])
     ctx.obj["output_dir"] = config.output_dir
     return config
+
+
+def meaning(field, short: bool = False) -> str:
+    """What a config's field is for, on one line; `short` takes the first sentence of what is not red's."""
+    text = "Folder of the run: missing or empty." if field.name == "output_dir" else USEFUL.get(field.name) or " ".join(field.metadata.get("help", "").replace("%%", "%").split())
+    return re.split(r"(?<!e\.g)\.\s", text)[0] if short and field.name not in USEFUL else text
 
 
 def fields(config_class, groups: Mapping[str, Sequence[str]], columns: int) -> str:
@@ -96,9 +119,7 @@ def fields(config_class, groups: Mapping[str, Sequence[str]], columns: int) -> s
     for title, names in found.items():
         lines.append(f"\n{title}:")
         for name in sorted(names, key=lambda name: name == "output_dir"):
-            text = "Folder of the run: missing or empty." if name == "output_dir" else known[name].metadata.get("help", "")
-            text = " ".join(text.replace("%%", "%").split())
-            text = text if name in own else re.split(r"(?<!e\.g)\.\s", text)[0]  # the first sentence
+            text = meaning(known[name], short=name not in own)
             kind, default = describe(types_of[name], most=6).replace(" or none", ""), known[name].default
             default = str(default).lower() if isinstance(default, bool) else getattr(default, "value", default)
             shown = "" if default in (None, "", dataclasses.MISSING) or name == "hidden_size" else f" [{default}]"

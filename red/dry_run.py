@@ -110,7 +110,8 @@ def _training(config: REDConfig, rows, sizes: Sizes) -> list[tuple[str, str]]:
     own = config.per_device_train_batch_size * config.gradient_accumulation_steps  # rows of a step on one process
     length = rows.length if rows is not None else config.max_length
     steps = steps_of(config, None if rows is None else len(rows))
-    step = f"{own * config.world_size * length:,} tokens a step: {config.per_device_train_batch_size} rows × {config.gradient_accumulation_steps} micro-batches × {config.world_size} processes"
+    step = f"{own * config.world_size * length:,} tokens a step: "
+    step += f"{_count(config.per_device_train_batch_size, 'row')} × {_count(config.gradient_accumulation_steps, 'micro-batch')} × {_count(config.world_size, 'process')}"
     total = "" if steps is None else f"{steps:,} steps, {steps * own * config.world_size * length:,} tokens"
     passes = "" if rows is None or steps is None else f" ({steps * own * config.world_size / len(rows):.2g} passes over the text)"
     dtype = torch.bfloat16 if config.bf16 and config.device.type != "cpu" else torch.float32
@@ -126,10 +127,10 @@ def _training(config: REDConfig, rows, sizes: Sizes) -> list[tuple[str, str]]:
 def _output(config: REDConfig, student: Path, sizes: Sizes) -> list[tuple[str, str]]:
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
     saved = {"no": "no checkpoints", "steps": f"checkpoint-N every {config.save_steps:g} {'steps' if config.save_steps >= 1 else 'of the steps'}"}.get(strategy, f"checkpoint-N at each {strategy}")
-    trackers = [name for name in config.report_to if name != "none"]
+    trackers = ", ".join(name for name in config.report_to if name != "none")
     disk = doctor_checks.disk(sizes, config)
     fitted = f", {START_FILE}" * (fit_of(config) != "none")
-    return [("output", f"{config.output_dir}: {saved}{fitted}, and the result in {student}{f'; logs to {chr(44).join(trackers)}' if trackers else ''}"),
+    return [("output", f"{config.output_dir}: {saved}{fitted}, and the result in {student}{f'; logs to {trackers}' if trackers else ''}"),
             ("disk", disk.found), *([("", f"-> {disk.remedy}")] if disk.remedy else [])]
 
 
@@ -139,13 +140,17 @@ def _shown(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     used = sum(row["token_mask"])
     begins = [place for place in range(used) if row["position_ids"][place] == 0]
     counted = sum(label != IGNORE for label in row["labels"])
-    lines = [f"First batch: {len(batch)} rows. The first has {len(begins)} documents of {used:,} tokens and {len(row['token_mask']) - used:,} of padding; {counted:,} tokens count in the loss.",
+    lines = [f"First batch: {_count(len(batch), 'row')}. The first has {_count(len(begins), 'document')} of {used:,} tokens and {len(row['token_mask']) - used:,} of padding; {counted:,} tokens count in the loss.",
              "⟦ ⟧ encloses what is read and not learnt."]
     for number, (begin, end) in enumerate(list(zip(begins, [*begins[1:], used], strict=True))[:DOCUMENTS], 1):
         labels = row["labels"][begin:end]
         lines.append(f"document {number}: {end - begin:,} tokens, {sum(label != IGNORE for label in labels):,} count")
         lines += [f"  │ {line}" for line in _marked(row["input_ids"][begin:end], labels, tokenizer).split("\n")]
     return lines + [f"… and {len(begins) - DOCUMENTS} more documents"] * (len(begins) > DOCUMENTS)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith(('s', 'ch')) else 's'}"
 
 
 def _marked(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

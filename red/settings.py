@@ -27,10 +27,10 @@ class Settings(dict):
         self.places = dict(places)
 
 
-def gather(file: str | Path | None, arguments: Sequence[str]) -> Settings:
-    """The settings of a YAML file, if there is one, and of a command line, which wins."""
+def gather(file: str | Path | None, arguments: Sequence[str], options: Mapping[str, object] = types.MappingProxyType({})) -> Settings:
+    """The settings of a YAML file, if there is one, of a command line, and of its options: the later wins."""
     given = read_yaml(file) if file else Settings()
-    said = parse_command_line(arguments)
+    said = {**parse_command_line(arguments), **options}
     return Settings({**given, **said}, places={name: place for name, place in given.places.items() if name not in said})
 
 
