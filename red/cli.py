@@ -171,7 +171,8 @@ def distill(ctx, config, resume, eval_file, calibration, dry_run) -> None:
     if dry_run:
         from red.dry_run import dry_run as preview
 
-        return print(preview(config, calibration=calibration, resume=resume))
+        plan = preview(config, calibration=calibration, resume=resume)
+        return print(plan) if config.process_index == 0 else None
     from red.distillation import distill as run
 
     result = run(config=config, eval_data=eval_file, calibration=calibration, resume=resume)

@@ -80,7 +80,7 @@ def read_yaml(path: str | Path) -> Settings:
 
     path = require_existing(path, "The config file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8")
         brackets = text.count("{") + text.count("[")
         if len(text) > LARGEST or brackets > BRACKETS:  # nested ones take the parser quadratic time
             raise yaml.YAMLError(f"{len(text):,} characters and {brackets:,} brackets; the settings of a run have {LARGEST:,} and {BRACKETS} at most")

@@ -68,7 +68,7 @@ def test_distills_page_has_every_field_with_meaning_type_and_default(capsys):
             assert page.count(f"--{field.name} ") >= 1, field.name
     assert "--max_length Tokens per training row (a whole number). [2048]" in page and "--packing Put several documents into one row; they never see each other (true or false). [true]" in page
     assert "--max_steps Optimiser steps of the training" in page and "(one of no, steps, epoch, best or text). [steps]" in page
-    assert page.index("--start ") < page.index("--tap_weight ") < page.index("--max_steps ") < page.index("--adam_beta1 ") < page.index("--use_liger_kernel "), "red's own, the most used, the others by name"
+    assert page.index("--start ") < page.index("--tap_weight ") < page.index("--max_steps Optimiser") < page.index("--adam_beta1 ") < page.index("--use_liger_kernel "), "red's own, the most used, the others by name"
 
 
 def test_help_comes_at_once():
