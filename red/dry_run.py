@@ -154,12 +154,16 @@ def _count(number: int, what: str) -> str:
 
 
 def _marked(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A document's text with what has no label in brackets; the middle of a long one left out, and nothing in it that a terminal would obey."""
+    """A document's text with what has no label in brackets; the middle of a long one left out."""
     pieces, done = [], ""
     for counts, run in itertools.groupby(range(len(ids)), lambda place: labels[place] != IGNORE):
         text = tokenizer.decode(ids[:list(run)[-1] + 1], skip_special_tokens=False)
         piece, done = text[len(done):] if text.startswith(done) else text, text  # by difference: decoding a part alone would lose its first space
         pieces.append(piece if counts else f"⟦{piece}⟧")
     text = "".join(pieces)
-    text = text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} … {text[-TAIL:]}"
+    return printable(text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} … {text[-TAIL:]}")
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal would obey."""
     return "".join(letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode() for letter in text)

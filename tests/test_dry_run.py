@@ -150,3 +150,28 @@ def test_nothing_that_a_terminal_obeys_is_printed():
     assert dry_run._marked([27, 91, 65, 10, 66], [IGNORE, 1, 1, 1, 1], Letters()) == "⟦\\x1b⟧[A\nB"
     long = dry_run._marked([97] * 2000, [1] * 2000, Letters())
     assert len(long) == dry_run.HEAD + dry_run.TAIL + 3 and " … " in long
+
+
+# ---- red lori --dry_run ----
+
+@pytest.mark.parametrize("preset, between", [("lori", "5 latent steps"), ("explicit_cot", "7 9"), ("no_cot", "nothing")])
+def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, between):
+    from tiny_lori import PREFIX, number_tokenizer
+
+    build_tiny_model("llama").save_pretrained(tmp_path / "teacher")
+    number_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": "table 3", "steps": ["7", "9"], "answer": str(row)}) for row in range(10)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    given = ["lori", "--teacher_model_name_or_path", tmp_path / "teacher", "--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run", "--answer_prefix", PREFIX,
+             "--preset", preset, "--use_cpu", "--per_device_train_batch_size", "4", "--dry-run"]
+    assert main([str(word) for word in given]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    text = capsys.readouterr().out
+    assert f"between   {between}\n" in text and "question  table 3\n" in text and "answer    answer : 0 <eos>" in text
+    for words in ("llama, 2 layers of width 32", "10 problems, the longest of 8 tokens", "9 steps of 4 problems", f"preset {preset}: target="):
+        assert words in text, words
+    for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
+        assert main([str(word) for word in [*given, *more]]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 0

@@ -12,8 +12,9 @@ from red.files import require_existing
 @click.option("--config", metavar="FILE", help="YAML file of settings")
 @click.option("--resume", is_flag=False, flag_value="last", metavar="[CHECKPOINT]", help="go on from the last checkpoint in output_dir, or from the one that is named")
 @click.option("--eval_file", metavar="FILE", help="held-out problems; their loss is reported")
+@click.option("--dry_run", is_flag=True, help="print the plan and the first problem, and stop: no weight is read, nothing written")
 @click.pass_context
-def lori(ctx, config, resume, eval_file) -> None:
+def lori(ctx, config, resume, eval_file, dry_run) -> None:
     """Train a student that reasons in a few latent steps instead of writing its chain of thought; the result is OUTPUT_DIR/student, which red.lori.load reads.
 
       red lori --teacher_model_name_or_path T --train_file gsm8k_aug.jsonl --output_dir run
@@ -30,10 +31,16 @@ def lori(ctx, config, resume, eval_file) -> None:
     for path, what in ((config.train_file, "train_file"), (eval_file, "eval_file")):
         if path is not None:
             require_existing(path, what)  # before the teacher is read
+    resume = True if resume == "last" else resume or False
+    if dry_run:
+        from red.lori.dry_run import dry_run as preview
+
+        plan = preview(config, resume=resume)
+        return print(plan) if config.process_index == 0 else None
 
     from red.lori.distillation import distill as run
 
-    result = run(config=config, eval_data=eval_file, resume=True if resume == "last" else resume or False)
+    result = run(config=config, eval_data=eval_file, resume=resume)
     for name, value in result.metrics.items():
         print(f"{name:>28}  {value:.6g}" if isinstance(value, float) else f"{name:>28}  {value}")
     print(f"The student is in {result.path}")
