@@ -70,7 +70,8 @@ class SettingsCommand(Command):
     """A command that takes `--setting value` for any field of a config, beside its options."""
 
     def __init__(self, *args, settings: str = "", **given):
-        super().__init__(*args, context_settings=dict(ignore_unknown_options=True, allow_extra_args=True), options_metavar="[--config FILE] [--setting value ...]", **given)
+        super().__init__(*args, context_settings=dict(ignore_unknown_options=True, allow_extra_args=True),
+                         options_metavar="[--config FILE] [--setting value ...]", **given)
         self.settings = settings  # "module:class" of the config whose fields the help lists
 
     def format_options(self, ctx, formatter):
@@ -95,7 +96,9 @@ def config_of(ctx, file: str | None, config_class=None, given: Mapping[str, obje
 
 def meaning(field, short: bool = False) -> str:
     """What a config's field is for, on one line; `short` takes the first sentence of what is not red's."""
-    text = "Folder of the run: missing or empty." if field.name == "output_dir" else USEFUL.get(field.name) or " ".join(field.metadata.get("help", "").replace("%%", "%").split())
+    text = USEFUL.get(field.name) or " ".join(field.metadata.get("help", "").replace("%%", "%").split())
+    if field.name == "output_dir":
+        return "Folder of the run: missing or empty."
     return re.split(r"(?<!e\.g)\.\s", text)[0] if short and field.name not in USEFUL else text
 
 

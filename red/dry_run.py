@@ -1,4 +1,7 @@
-"""`red distill --dry_run`: what a run will do, before it does anything. The teacher's config, its tokenizer and the text are read; no weight is, and nothing is written."""
+"""`red distill --dry_run`: what a run will do, before it does anything.
+
+The teacher's config, its tokenizer and the text are read; no weight is, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -119,14 +122,15 @@ def _training(config: REDConfig, rows, sizes: Sizes) -> list[tuple[str, str]]:
     seconds = flops / (measured_rate(config.device, dtype=dtype) * UTILISATION)
     memory = doctor_checks.memory(sizes, config, free_memory(config.device))
     return [("training", f"{total}{passes}; {step}" if total else f"{config.num_train_epochs:g} epochs; {step}"),
-            ("time", f"{'' if steps is None else f'about {duration(seconds * steps)}: '}{seconds:.3g} s a step at {UTILISATION:.0%} (assumed) of this device's measured rate of products"
-                     f"{', communication not counted (red plan counts it)' * (config.world_size > 1)}"),
+            ("time", f"{'' if steps is None else f'about {duration(seconds * steps)}: '}{seconds:.3g} s a step at {UTILISATION:.0%} (assumed) of this device's "
+                     f"measured rate of products{', communication not counted (red plan counts it)' * (config.world_size > 1)}"),
             ("memory", memory.found), *([("", f"-> {memory.remedy}")] if memory.remedy else [])]
 
 
 def _output(config: REDConfig, student: Path, sizes: Sizes) -> list[tuple[str, str]]:
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
-    saved = {"no": "no checkpoints", "steps": f"checkpoint-N every {config.save_steps:g} {'steps' if config.save_steps >= 1 else 'of the steps'}"}.get(strategy, f"checkpoint-N at each {strategy}")
+    every = f"{config.save_steps:g} {'steps' if config.save_steps >= 1 else 'of the steps'}"
+    saved = {"no": "no checkpoints", "steps": f"checkpoint-N every {every}"}.get(strategy, f"checkpoint-N at each {strategy}")
     trackers = ", ".join(name for name in config.report_to if name != "none")
     disk = doctor_checks.disk(sizes, config)
     fitted = f", {START_FILE}" * (fit_of(config) != "none")
@@ -140,8 +144,8 @@ def _shown(batch: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     used = sum(row["token_mask"])
     begins = [place for place in range(used) if row["position_ids"][place] == 0]
     counted = sum(label != IGNORE for label in row["labels"])
-    lines = [f"First batch: {_count(len(batch), 'row')}. The first has {_count(len(begins), 'document')} of {used:,} tokens and {len(row['token_mask']) - used:,} of padding; {counted:,} tokens count in the loss.",
-             "⟦ ⟧ encloses what is read and not learnt."]
+    lines = [f"First batch: {_count(len(batch), 'row')}. The first has {_count(len(begins), 'document')} of {used:,} tokens and "
+             f"{len(row['token_mask']) - used:,} of padding; {counted:,} tokens count in the loss.", "⟦ ⟧ encloses what is read and not learnt."]
     for number, (begin, end) in enumerate(list(zip(begins, [*begins[1:], used], strict=True))[:DOCUMENTS], 1):
         labels = row["labels"][begin:end]
         lines.append(f"document {number}: {end - begin:,} tokens, {sum(label != IGNORE for label in labels):,} count")

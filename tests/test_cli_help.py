@@ -66,7 +66,8 @@ def test_distills_page_has_every_field_with_meaning_type_and_default(capsys):
     for field in dataclasses.fields(REDConfig):
         if field.init:
             assert page.count(f"--{field.name} ") >= 1, field.name
-    assert "--max_length Tokens per training row (a whole number). [2048]" in page and "--packing Put several documents into one row; they never see each other (true or false). [true]" in page
+    assert "--max_length Tokens per training row (a whole number). [2048]" in page
+    assert "--packing Put several documents into one row; they never see each other (true or false). [true]" in page
     assert "--max_steps Optimiser steps of the training" in page and "(one of no, steps, epoch, best or text). [steps]" in page
     assert page.index("--start ") < page.index("--tap_weight ") < page.index("--max_steps Optimiser") < page.index("--adam_beta1 ") < page.index("--use_liger_kernel "), "red's own, the most used, the others by name"
 
@@ -97,7 +98,8 @@ def test_several_values_one_value_and_none(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["distil"], "There is no command 'distil'; did you mean red distill?"), (["qqqq"], "see red -h"), ([], "See red -h"), (["erank", "m", "--daat", "x"], "red erank does not know '--daat'; did you mean --data?"),
+    (["distil"], "There is no command 'distil'; did you mean red distill?"), (["qqqq"], "see red -h"), ([], "See red -h"),
+    (["erank", "m", "--daat", "x"], "red erank does not know '--daat'; did you mean --data?"),
     (["erank", "--data", "x"], "Missing argument 'MODEL"), (["plan", "x"], "Missing option '--hidden_size'"), (["plan", "x", "--hidden_size", "w"], "'w' is not a valid int"),
     (["export", "a", "b", "--out", "c"], "extra argument"), (["demo", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"), (["demo", "--method", "redd"], "'redd' is not one of"),
     (["distill", "--config"], "--config"), (["distill", "x"], "'x' belongs to no setting"), (["distill", "-q"], "'-q' belongs to no setting"),
