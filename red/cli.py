@@ -11,6 +11,7 @@ from red.cli_help import COMPRESS, DESCRIPTION, DISTILL, EXAMPLES, PLAN, Distill
 from red.errors import REDError, Terminated
 from red.files import HALF_LAYERS, START_FILE, require_existing
 from red.lori import command as lori_command
+from red.report import command as report_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--output", "--json", metavar="PATH", help="write the numbers here too, as JSON")
 
     lori_command.register(command)
+    report_command.register(command)
 
     added = command(erank, "erank", "effective rank per layer", "Print the effective rank of the models' hidden states, layer by layer and side by side.\n\n"
                     "  red erank path/to/teacher run/student --data held_out.txt --plot erank.svg\n\nCompare only at equal text and --max-tokens: the rank grows with them.")

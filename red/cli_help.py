@@ -15,6 +15,7 @@ Distil a Llama- or Qwen-like language model (the teacher) into a narrower one (t
   red erank      the effective rank of a model's hidden states, layer by layer: has it collapsed?
   red lori       reasoning in latent steps instead of a written chain of thought
   red eval       a student beside its teacher: tasks, divergence, speed and memory
+  red report     report.html of a run: what was done, how it went, what it is worth
   red export     a training checkpoint -> a plain Hugging Face checkpoint, reloaded and compared
 """
 

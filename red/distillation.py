@@ -14,6 +14,7 @@ from red.data import tokenizer_hash
 from red.errors import REDError
 from red.files import STARTS, require_empty_output, require_existing
 from red.prepare import load_teacher
+from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.trainer import REDTrainer
 
@@ -68,22 +69,25 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
                        "(or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING))  # an interrupted fit goes on, and a first save that was cut short is nothing
+        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING, *leftovers(config.output_dir)))  # an interrupted fit goes on, and a first save that was cut short is nothing
     elif resume is True and not checkpoints(config.output_dir):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
         if resume is not True:
             require_existing(resume, "The checkpoint")
+    record = Record(config, "red", resumed=bool(resume))
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
                          calibration=calibration, callbacks=callbacks)
+    record.training(trainer, train_data)
     metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    trainer.export(path)
+    report = trainer.export(path)
+    record.finish(trainer.student, metrics, report)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
 
