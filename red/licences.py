@@ -26,7 +26,7 @@ OPEN = ("other", "unknown")  # what a front matter says where the hub has no nam
 
 USAGE = ("from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
          'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")')
-CITATION = ("The method is RED, [arXiv 2605.29327](https://arxiv.org/abs/2605.29327), which starts from LRC, [arXiv 2505.12781](https://arxiv.org/abs/2505.12781).",)
+CITATION = "The method is RED, [arXiv 2605.29327](https://arxiv.org/abs/2605.29327), which starts from LRC, [arXiv 2505.12781](https://arxiv.org/abs/2505.12781)."
 
 logger = logging.get_logger(__name__)
 
@@ -80,13 +80,14 @@ def carry(terms: Terms, folder: str | Path, *, hidden_size: int) -> None:
 
 
 def card(terms: Terms, hidden_size: int, *, facts: Mapping[str, object] | None = None, summary: str = "", usage: Sequence[str] | None = None,
-         sections: Sequence[str] = ()) -> str:
+         sections: Sequence[str] = (), citation: str | None = None) -> str:
     """A model card: YAML front matter as the Hugging Face hub reads it, what the student is and how it is used, and the terms.
 
     Args:
         facts: more of the front matter.
         summary, sections: markdown (`red.report.card` makes it from a run): after the title, and between usage and licence.
         usage: lines of Python; None is transformers'.
+        citation: of the method; None is RED's.
     """
     short = terms.base_model.rpartition("/")[2] or "student"
     known = {"base_model": terms.base_model, "base_model_relation": terms.base_model and "finetune", "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -104,7 +105,7 @@ def card(terms: Terms, hidden_size: int, *, facts: Mapping[str, object] | None =
     lines.append(f"The teacher's terms hold for this student: {f'`{named}`' if named else 'see below' if terms.files else 'the teacher named none; look them up before sharing'}."
                  + (" For research or non-commercial use only." if terms.research_only else ""))
     lines += [f"* [{path.name}]({path.name})" for path in terms.files if NAME.fullmatch(path.name)]
-    return "\n".join([*lines, "", "## Citation", "", *CITATION]) + "\n"
+    return "\n".join([*lines, "", "## Citation", "", citation or CITATION]) + "\n"
 
 
 def front_matter(path: Path) -> dict[str, str]:

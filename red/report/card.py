@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from red.errors import REDError
-from red.files import atomic_write_text
+from red.files import PAGE, atomic_write_text
 from red.licences import REPOSITORY, card, terms_of
 from red.report import words
-from red.report.recording import PAGE
 from red.report.run import Run
 
 # paths, names of machines and accounts, and what says nothing of the model
 PRIVATE = re.compile(r"output_dir|logging_dir|run_name|hub_|push_to_hub|report_to|project|trackio|disable_tqdm|token_cache_dir|trajectories_dir|use_cpu|save_|logging_")
+LATENT_CITATION = "The method is LoRi, [arXiv 2606.05315](https://arxiv.org/abs/2606.05315), reconstructed from its paper."
 LATENT = ("import red.lori", "", 'model, tokenizer, facts = red.lori.load("path/to/this/folder")')
 
 
@@ -38,6 +38,7 @@ def model_card(run: Run, student: str | Path) -> str:
     known = {"datasets": [dataset]} if isinstance(dataset, str) and REPOSITORY.fullmatch(dataset) else {}
     tags = ["red", "distillation", *(["latent-reasoning"] if run.method == "lori" else ["width-pruning"])]
     return card(terms, int(width), facts={**known, "tags": tags}, summary=md(words.done(run)), usage=LATENT if run.method == "lori" else None,
+                citation=LATENT_CITATION if run.method == "lori" else None,
                 sections=["## What it is worth", "", *_table(*words.worth(run)), *_judged(run), "", *_report(run), "## How it was made", "", *_made(run),
                           "## Limitations", "", *(f"* {md(text)}" for text in words.limitations(run)), ""])
 
@@ -67,7 +68,7 @@ def _made(run: Run) -> list[str]:
     if isinstance(data, dict) and words.finite_number(data.get("tokens")):
         lines += [f"Text: {md(str(data.get('name')))}, {words.count(words.finite_number(data['tokens']))} tokens.", ""]
     if isinstance(versions, dict) and versions:
-        shown = ", ".join(f"{md(str(name))} {md(str(value))}" for name, value in versions.items() if name in ("red-distill", "torch", "transformers"))
+        shown = ", ".join(f"{md(str(name))} {md(str(value))}" for name, value in versions.items() if name in ("red", "torch", "transformers"))
         lines += [f"With {shown}; commit of red: {md(run.text('commit') or 'unknown')}.", ""]
     return lines
 
@@ -91,4 +92,4 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def md(text: str) -> str:
     """Text that stays text in markdown: nothing in it is a link, an image, HTML, a table's edge or a new line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~$!&@])", r"\\\1", " ".join(text.split())).replace("://", ":\\//")
+    return re.sub(r"([\\`*_\[\]<>|~$&]|(?<=www)\.)", r"\\\1", " ".join(text.split())).replace("://", ":\\//")

@@ -21,8 +21,8 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = F
         REDError: run_dir is missing or holds no run; or `card` where there is no student.
     """
     from red.errors import REDError
+    from red.files import PAGE
     from red.report.card import write_card
-    from red.report.recording import PAGE
     from red.report.report import write_page
 
     student = Path(run_dir) / "student"

@@ -37,7 +37,7 @@ def curves(run: Run) -> list[str]:
 def _curve(title: str, unit: str, lines, logarithmic: bool) -> str:
     scale = 100 if unit == "%" else 1
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.4, 2.6))
+        figure, axes = plt.subplots(figsize=(5.0, 2.6))
         for place, (label, points) in enumerate(lines):
             points = thinned(points)
             axes.plot([step for step, _ in points], [scale * value for _, value in points], color=ROLES[f"start{(place + 1) % 8}"], label=label, linewidth=1.7,
@@ -46,7 +46,7 @@ def _curve(title: str, unit: str, lines, logarithmic: bool) -> str:
         if logarithmic and min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if max(values) < 12 * min(values) and f"{value:.0e}"[0] in "25" else ""))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if max(values) < 40 * min(values) and f"{value:.0e}"[0] in "25" else ""))
         else:
             axes.set_ylim(bottom=min(0, min(values)), top=max(values) * 1.08 or 1)
         if unit:
@@ -100,7 +100,7 @@ def channels(run: Run) -> str:
                 axes.set_title("importance: mean activation, pooled over the layers")
             elif name == "depths":
                 _picture(axes, _relative(_binned(depths[:, order], width)), width, "cool")
-                axes.set_title("mean square of the normalised stream, by depth (log; darker is more)")
+                axes.set_title("mean square of the normalised stream, by depth (log; the stronger the colour, the more)")
                 axes.set_ylabel("norm")
                 axes.set_yticks([0.5, len(depths) - 0.5], ["first", "last"])
             else:
@@ -126,13 +126,14 @@ def reasoning(run: Run) -> str:
         shown = thinned(points, 100)
         axes.plot([loss for _, loss, _ in shown], [100 * share for _, _, share in shown], color=ROLES["start0"], marker="o", linewidth=1.4, clip_on=False, zorder=3)
         for step, loss, share in (shown[0], shown[-1]):
-            axes.annotate(f"step {step:.0f}", (loss, 100 * share), textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8, color=ROLES["muted"])
+            axes.annotate(f"step {step:.0f}", (loss, 100 * share), textcoords="offset points", xytext=(4, -12), ha="left", fontsize=8, color=ROLES["muted"])
         axes.axhline(100, color=ROLES["teacher"], linestyle=DASHED, linewidth=1.2)
         axes.set_ylim(0, max(104, *(100 * share for _, _, share in points)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.margins(x=0.12)
         axes.set_xlabel("cross entropy on the training text (better to the right)")
         axes.invert_xaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(6, prune="both"))
         axes.set_title("problems solved, share of the teacher's")
         return svg(figure, "Share of the teacher's problems that the student solves, against its cross entropy")
 

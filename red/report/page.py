@@ -44,7 +44,7 @@ code { font: 14px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
 mark { background: var(--badbg); color: var(--bad); border-radius: 3px; padding: 0 3px; }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
 details summary { cursor: pointer; font-weight: 600; font-size: 20px; }
-details summary.minor { font-size: 15px; margin-top: 14px; } .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+details summary.minor { font-size: 15px; margin-top: 14px; } .fit tbody th, .words tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9em; } .words th { text-align: left; } .how td:last-child, .how th:last-child { text-align: left; white-space: normal; min-width: 16em; } .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 section h3 { margin: 14px 0 6px; overflow-wrap: anywhere; }
 details table { margin-top: 12px; } details td { text-align: left; white-space: normal; overflow-wrap: anywhere; } details th { width: 18em; font-weight: 500; color: var(--muted); }
 """

@@ -32,12 +32,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+import red
 from red.calibration import model_hash
-from red.files import HALF_LAYERS, START_FILE, atomic_write_safetensors
+from red.files import CHANNELS_FILE, HALF_LAYERS, PAGE, RUN_FILE, START_FILE, atomic_write_safetensors
 from red.report import measuring, provenance
 from red.report.settings import settings_of
 
-RUN_FILE, CHANNELS_FILE, PAGE = "run.json", "channels.safetensors", "report.html"
 FORMAT = 1
 INTERVAL = 30.0  # seconds
 KEPT = ("began", "erank", "forecast", "measured", "channels", "sessions")  # of an earlier session
@@ -99,7 +99,7 @@ class Record:
             except (OSError, ValueError, RecursionError):  # a run of an earlier red
                 earlier = {}
         self.facts |= {name: earlier[name] for name in KEPT if name in earlier} if isinstance(earlier, dict) else {}
-        self.facts |= {"settings": settings_of(self.config), "versions": provenance.versions(), "commit": provenance.commit(),
+        self.facts |= {"settings": settings_of(self.config), "versions": {"red": red.__version__, **provenance.versions()}, "commit": provenance.commit(),
                        "device": provenance.device(self.config.device.type), "processes": self.config.world_size}
         for name in ("measured", "forecast"):
             self.facts.setdefault(name, {})

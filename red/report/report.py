@@ -29,7 +29,7 @@ def render(run: Run) -> str:
     headline = words.headline(run)
     sections = [_cards(run), _worth(run), _judged(run), _curves(run), _erank(run), _channels(run), _forecast(run), _settings(run), _provenance(run)]
     body = "\n".join(part for part in sections if part) + "\n"
-    return page(body, title=f"red: {headline}", kicker=f"red · {KINDS.get(run.method, 'run')}", headline=headline, lead=words.done(run))
+    return page(body, title=f"red: {headline}", kicker=f"red · {KINDS.get(run.method, 'run')}", headline=headline.replace(" %", "\u00a0%"), lead=words.done(run))
 
 
 def _section(title: str, text: str, *parts: str) -> str:
@@ -52,11 +52,13 @@ def _cards(run: Run) -> str:
         cards.append(card("reasoning", "start0", percent(share), "of the canary problems that the teacher solves",
                           f"student {percent(mine)}, teacher {percent(theirs)} · at the start {percent(first)} of it"))
     if run.method != "lori":
-        lowest = words.lowest_share(run, "start" if run.method == "compress" else "end")
+        lowest = words.lowest_share(run, "end")
         lowest = lowest if lowest is not None else words.lowest_share(run, "start")
         if lowest is not None:
             cards.append(card("effective rank", "start1", percent(lowest), "of the teacher's, at the layer where it is least",
                               f"at the start {percent(words.lowest_share(run, 'start'))}" if run.method != "compress" else "a collapsed student has less than 25 %"))
+    if run.method == "lori" and (losses := run.series("task")):
+        cards.append(card("task loss", "start0", number(losses[-1][1]), "at the end", f"{number(losses[0][1])} at step {losses[0][0]:.0f}"))
     seconds = words.training_seconds(run)
     if seconds:
         rate, sessions = words.rate(run), run.get("sessions")
@@ -70,10 +72,10 @@ def _cards(run: Run) -> str:
 def _worth(run: Run) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
     heading, rows = words.worth(run)
-    metrics = run.get("export", "max_abs_logit_difference")
-    checked = f"The exported checkpoint was reloaded in a fresh process; its logits differ by {number(finite_number(metrics))} at most." if finite_number(metrics) is not None else ""
+    apart = run.number("export", "max_abs_logit_difference")
+    checked = "" if apart is None else f"The exported checkpoint was reloaded in a fresh process; its logits {f'differ by {number(apart)} at most' if apart else 'are the same'}."
     limits = "".join(f"<li>{escape(text)}</li>" for text in words.limitations(run))
-    return _section("What it is worth", "", _scroll(table(heading, rows)) if rows else "", f'<ul class="says">{limits}</ul>', f'<p class="note">{escape(checked)}</p>' if checked else "", notes)
+    return _section("What it is worth", "", f'<div class="scroll fit">{table(heading, rows)}</div>' if rows else "", f'<ul class="says">{limits}</ul>', f'<p class="note">{escape(checked)}</p>' if checked else "", notes)
 
 
 def _judged(run: Run) -> str:
@@ -84,8 +86,8 @@ def _judged(run: Run) -> str:
         parts += [f"<h3>{escape(name)}</h3>", marks, _scroll(drawn, wide=True), _scroll(table(*words.judged(judgement)))]
     drawn = figures.reasoning(run)
     if drawn:
-        parts.append(f'<div class="pair">{drawn}<p class="note">Text that is easy to predict comes back long before reasoning does: a cross entropy that falls while '
-                     "the share of problems solved stays low is a student that talks fluently and cannot do its steps.</p></div>")
+        parts.append("<p>Text that is easy to predict comes back long before reasoning does: a cross entropy that falls while the share of problems solved stays low is a student "
+                     f"that talks fluently and cannot do its steps.</p>{drawn}")
     if not parts:
         parts.append(f'<p class="note">{NOT_MEASURED.capitalize()}: canary_steps=100 with canary_file asks while it trains; red eval STUDENT --against TEACHER --output '
                      "RUN/eval.json, then red report RUN, judges what came out.</p>" if run.method != "lori" else
@@ -135,7 +137,8 @@ def _forecast(run: Run) -> str:
     parts = run.get("forecast", "training", "parts")
     held = {name: size(value) for name, value in parts.items() if finite_number(value)} if isinstance(parts, dict) else {}
     folded = f"<details><summary class=\"minor\">Forecast memory, by part</summary>{facts_table(held)}</details>" if held else ""
-    return _section("What was forecast, and what it took", run.text("forecast", "training", "how") or "", _scroll(table(heading, rows)), folded)
+    how = run.text("forecast", "training", "how") or run.text("forecast", "start", "how")
+    return _section("What was forecast, and what it took", f"The forecast: {how}." if how else "", f'<div class="scroll how">{table(heading, rows)}</div>', folded)
 
 
 def _settings(run: Run) -> str:

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from red.checkpoint_folders import checkpoints
 from red.errors import REDError
-from red.files import START_FILE, require_existing
-from red.report.recording import CHANNELS_FILE, RUN_FILE
+from red.files import CHANNELS_FILE, RUN_FILE, START_FILE, require_existing
 
 STATE = "trainer_state.json"
 LARGEST = 2**27  # bytes of a JSON file that is read

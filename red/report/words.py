@@ -52,11 +52,13 @@ def teacher_name(run: Run) -> str:
 
 def headline(run: Run) -> str:
     """One line for the top."""
-    width, kept = run.number("student", "hidden_size"), canary(run)[2]
+    width, wide, kept = run.number("student", "hidden_size"), run.number("teacher", "hidden_size"), canary(run)[2]
     if run.method == "lori":
         return f"{teacher_name(run)} that reasons in {number(setting(run, 'latent_steps'))} latent steps" if setting(run, "latent_steps") else f"{teacher_name(run)}, {setting(run, 'preset')}"
-    narrow = f"{teacher_name(run)} at width {width:.0f}" if width else f"A student of {teacher_name(run)}"
-    return narrow + (f" solves {percent(kept)} of what its teacher solves" if kept is not None else "")
+    if not width or not wide:
+        return f"A student of {teacher_name(run)}"
+    sizes = f"width {width:.0f} instead of {wide:.0f}"
+    return f"{percent(kept)} of what {teacher_name(run)} solves, at {sizes}" if kept is not None else f"{teacher_name(run)}, {sizes}"
 
 
 def done(run: Run) -> str:
@@ -119,6 +121,7 @@ def canary(run: Run) -> tuple[float | None, float | None, float | None, float | 
 
 def lowest_share(run: Run, which: str) -> float | None:
     """eRank of the student over the teacher's, at the layer where that is least."""
+    which = "start" if run.method == "compress" else which
     pairs = [(mine, theirs) for mine, theirs in zip(run.ranks(which), run.ranks("teacher")) if theirs]
     return min((1.0 if mine is None else mine) / theirs for mine, theirs in pairs) if pairs else None
 
@@ -131,7 +134,7 @@ def worth(run: Run) -> tuple[list[str], list[list[str]]]:
     if first:
         problems = setting(run, "canary_samples")
         rows.append([f"canary: problems solved, of {problems}" if problems else "canary: problems solved", percent(teacher), percent(first[0][1]), percent(student)])
-    elif run.method == "red":
+    elif run.method != "lori":
         rows.append(["reasoning (canary)", "–", "–", f"{NOT_MEASURED}: canary_steps=100, or red eval"])
     for name, label in (("loss", "training loss"), ("ce", "cross entropy, nats a token"), ("kl", "KL to the teacher, nats a token"), ("tap_mse", "taps' error"),
                         ("task", "task loss"), ("rationale", "rationale's distance"), ("anchor", "anchor's distance"), ("eval_loss", "held-out loss")):
@@ -139,11 +142,15 @@ def worth(run: Run) -> tuple[list[str], list[list[str]]]:
             rows.append([label, "–", f"{number(values[0][1])} (step {values[0][0]:.0f})", number(values[-1][1])])
     ranks = [run.ranks(which) for which in ("teacher", "start", "end")]
     if run.method != "lori":
-        if ranks[0] and ranks[1]:
+        if run.method == "compress":
+            ranks[1:] = [[], ranks[1]]  # its end is its start
+        if ranks[0] and (ranks[1] or ranks[2]):
             rows.append(["effective rank, mean of the layers", *(number(_mean(values)) if values else "–" for values in ranks)])
-            rows.append(["effective rank, lowest share of the teacher's", "100.0 %", percent(lowest_share(run, "start")), percent(lowest_share(run, "end")) if ranks[2] else "–"])
+            rows.append(["effective rank, lowest share of the teacher's", "100.0 %", *(percent(lowest_share(run, which)) for which in ("start", "end"))])
         else:
             rows.append(["effective rank", "–", "–", f"{NOT_MEASURED}: erank_steps=50, or red erank"])
+    if run.method == "compress":
+        return ["", "teacher", "student"], [[name, theirs, mine] for name, theirs, _, mine in rows]
     return ["", "teacher", "start", "end" if run.finished else "last"], rows
 
 
@@ -174,17 +181,17 @@ def forecasts(run: Run) -> tuple[list[str], list[list[str]]]:
 
     start = run.get("forecast", "start")
     if run.number("measured", "start_seconds") is not None:
-        how = run.text("forecast", "start", "how") if start else "the start came out of a file"
+        how = "with whatever else the machine did" if start else "the start came out of a file"
         row("calibration and start", run.number("forecast", "start", "seconds"), run.number("measured", "start_seconds"), duration, how)
     if run.get("forecast", "training"):
-        how, step = run.text("forecast", "training", "how"), run.number("forecast", "training", "step_seconds")
-        row("a step", step, step_seconds(run), duration, how)
-        row("tokens a second", ratio(run.number("forecast", "training", "step_tokens"), step), rate(run), count, "forecast: of full rows")
-        row("peak memory", run.number("forecast", "training", "bytes"), run.number("measured", "peak_bytes"), size, f"measured: {run.text('measured', 'peak_of')}")
+        step = run.number("forecast", "training", "step_seconds")
+        row("a step", step, step_seconds(run), duration, "median over the log, with what runs between the steps")
+        row("tokens a second", ratio(run.number("forecast", "training", "step_tokens"), step), rate(run), count, "forecast of full rows")
+        row("peak memory", run.number("forecast", "training", "bytes"), run.number("measured", "peak_bytes"), size, run.text("measured", "peak_of"))
     elif run.number("measured", "peak_bytes") is not None:
         host = run.number("forecast", "start", "host_bytes")
         row("peak memory", host, run.number("measured", "peak_bytes"), size,
-            f"{'forecast: of the start, beside the teacher; ' if host else ''}measured: {run.text('measured', 'peak_of')}")
+            (run.text("measured", "peak_of") or "") + ("; the forecast is of the start, beside the teacher" if host else ""))
     return ["", "forecast", "measured", "measured / forecast", "how"], rows
 
 
