@@ -53,6 +53,7 @@ def _curve(title: str, unit: str, lines, logarithmic: bool) -> str:
             axes.axhline(100, color=ROLES["teacher"], linestyle=DASHED, linewidth=1.2)
             axes.set_ylim(0, max(104, *values))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.tick_params(which="minor", length=0)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -97,6 +98,7 @@ def channels(run: Run) -> str:
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+                    axes.tick_params(which="minor", length=0)
                 axes.set_title("importance: mean activation, pooled over the layers")
             elif name == "depths":
                 _picture(axes, _relative(_binned(depths[:, order], width)), width, "cool")
