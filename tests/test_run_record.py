@@ -71,7 +71,10 @@ def folders(tmp_path_factory):
 
 def test_a_killed_run_has_a_record_and_a_page(folders):
     _, killed, page, _ = folders
-    assert killed["state"] == "running" and killed["steps"] == {"done": KILLED - 1, "planned": STEPS}  # the kill came before the record heard of its step
+    assert killed["state"] == "running" and killed["steps"] == {
+        "done": KILLED - 1,
+        "planned": STEPS,
+    }  # the kill came before the record heard of its step
     assert [entry["step"] for entry in killed["history"] if "loss" in entry][:4] == [1, 2, 3, 4]
     assert "It was not finished, or still runs: the record ends at step 4 of 6." in page and "<svg" in page
 
@@ -79,7 +82,9 @@ def test_a_killed_run_has_a_record_and_a_page(folders):
 def test_a_resume_leaves_no_gap_and_repeats_nothing(folders):
     folder, killed, _, result = folders
     facts, run = json.loads((folder / "run.json").read_text()), Run.load(folder)
-    assert [step for step, _ in run.series("loss")] == list(range(1, STEPS + 1)) and len([entry for entry in facts["history"] if "loss" in entry]) == STEPS
+    assert [step for step, _ in run.series("loss")] == list(range(1, STEPS + 1)) and len(
+        [entry for entry in facts["history"] if "loss" in entry]
+    ) == STEPS
     assert run.series("loss") == [(entry["step"], entry["loss"]) for entry in result.trainer.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in killed["history"] if "loss" in entry][:4] == [value for _, value in run.series("loss")][:4]
     assert [(one["from_step"], one["to_step"]) for one in facts["sessions"]] == [(0, facts["sessions"][0]["to_step"]), (4, STEPS)]
@@ -101,8 +106,14 @@ def test_facts_are_those_of_the_models(folders):
     folder, _, _, result = folders
     facts, trainer = json.loads((folder / "run.json").read_text()), result.trainer
     teacher = build_tiny_model()
-    assert facts["teacher"]["parameters"] == sum(p.numel() for p in teacher.parameters()) and facts["student"]["parameters"] == sum(p.numel() for p in result.student.parameters())
-    assert facts["teacher"]["name"] == "the-teacher" and facts["teacher"]["teacher_hash"] == trainer.teacher_hash and facts["student"]["hidden_size"] == NARROW
+    assert facts["teacher"]["parameters"] == sum(p.numel() for p in teacher.parameters()) and facts["student"]["parameters"] == sum(
+        p.numel() for p in result.student.parameters()
+    )
+    assert (
+        facts["teacher"]["name"] == "the-teacher"
+        and facts["teacher"]["teacher_hash"] == trainer.teacher_hash
+        and facts["student"]["hidden_size"] == NARROW
+    )
     flat = np.concatenate([np.array(example["input_ids"], dtype="<i4") for example in tokenised(40)])
     assert facts["data"]["tokens"] == len(flat) and facts["data"]["tokens_sha256"] == hashlib.sha256(flat.tobytes()).hexdigest()
     batch = collate(list(trainer.train_dataset))
@@ -111,8 +122,16 @@ def test_facts_are_those_of_the_models(folders):
     assert facts["erank"]["start"] != facts["erank"]["end"] and facts["erank"]["tokens"] == len(flat)
     channels = load_file(folder / "channels.safetensors")
     assert np.flatnonzero(channels["kept"]).tolist() == trainer.projections.channels.tolist() and set(channels["kept"]) == {0, 1}
-    assert channels["scores"].shape == (32,) and channels["mean_square"].shape == (5, 32) and facts["channels"] == {"start": "activation", "selected": True}
-    assert facts["measured"]["start_seconds"] > 0 and facts["export"]["parameters"] == facts["student"]["parameters"] and facts["metrics"]["train_loss"] > 0
+    assert (
+        channels["scores"].shape == (32,)
+        and channels["mean_square"].shape == (5, 32)
+        and facts["channels"] == {"start": "activation", "selected": True}
+    )
+    assert (
+        facts["measured"]["start_seconds"] > 0
+        and facts["export"]["parameters"] == facts["student"]["parameters"]
+        and facts["metrics"]["train_loss"] > 0
+    )
 
 
 def test_page_and_card_lie_in_the_folder(folders):
@@ -128,7 +147,12 @@ def test_compress_and_a_start_that_mixes_channels(tmp_path, monkeypatch, tiny_te
     settings = {name: value for name, value in settings_of(tmp_path / "small", start="pca").items()}
     small = red.compress(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
     run = Run.load(tmp_path / "small")
-    assert run.method == "compress" and run.finished and run.channels["kept"].sum() == pytest.approx(NARROW, abs=1e-4) and 0 < run.channels["kept"].max() < 1
+    assert (
+        run.method == "compress"
+        and run.finished
+        and run.channels["kept"].sum() == pytest.approx(NARROW, abs=1e-4)
+        and 0 < run.channels["kept"].max() < 1
+    )
     assert run.get("erank", "end") is None and run.ranks("start") != run.ranks("teacher") and run.number("forecast", "start", "seconds") > 0
     page = (tmp_path / "small" / "report.html").read_text()
     assert "without training" in page and "It selects no channels" in page and "without training" in (small.path / "README.md").read_text()
@@ -142,7 +166,10 @@ def test_latent_reasoning(tmp_path, tiny_teacher):
     assert "latent reasoning" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("where", ["red.report.report.render", "red.report.measuring.peak_memory", "red.report.recording.provenance.write_json", "red.report.card.model_card"])
+@pytest.mark.parametrize(
+    "where",
+    ["red.report.report.render", "red.report.measuring.peak_memory", "red.report.recording.provenance.write_json", "red.report.card.model_card"],
+)
 def test_nothing_that_fails_costs_the_run(where, tmp_path, monkeypatch, tiny_teacher, tiny_tokenizer):
     said = []
     monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
@@ -171,7 +198,9 @@ def test_a_run_without_a_checkpoint_may_begin_again_and_a_strangers_file_is_kept
 
 
 def test_settings_tell_the_chosen_from_the_default(tmp_path):
-    found = split(REDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", hidden_size=16, learning_rate=2e-4, temperature=3.0, hub_token="secret"))
+    found = split(
+        REDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", hidden_size=16, learning_rate=2e-4, temperature=3.0, hub_token="secret")
+    )
     assert set(found["changed"]) == {"output_dir", "use_cpu", "hidden_size", "learning_rate", "temperature"}
     assert found["changed"]["learning_rate"] == {"value": 2e-4, "default": 1e-4} and found["changed"]["temperature"] == {"value": 3.0, "default": 1.0}
     assert "secret" not in json.dumps(found) and found["default"]["tap_detach"] is True
@@ -187,8 +216,16 @@ def test_the_forecast_is_reds_own(tmp_path, monkeypatch, tiny_teacher):
     counted = costs.flops(costs.Sizes.of(trainer.teacher.config), NARROW, context=16, sharing=64, tap_target="gather").total
     assert found["step_seconds"] == pytest.approx(counted * 64 / 1e9)
     monkeypatch.setattr(measuring, "_known_gpu", lambda device: "H100")
-    there = plan(trainer.teacher.config, NARROW, gpu="H100", per_device_train_batch_size=2, max_length=16, gradient_accumulation_steps=2, tap_target="gather",
-                 student_dtype="float32").placements[-1]
+    there = plan(
+        trainer.teacher.config,
+        NARROW,
+        gpu="H100",
+        per_device_train_batch_size=2,
+        max_length=16,
+        gradient_accumulation_steps=2,
+        tap_target="gather",
+        student_dtype="float32",
+    ).placements[-1]
     found = measuring.forecast_training(trainer)
     assert (found["step_seconds"], found["bytes"]) == (there.step_seconds, there.memory.peak) and "assumed" in found["how"]
 

@@ -19,35 +19,49 @@ from red.report.drawing import plt
 from red.report.card import md, model_card, write_card
 from red.report.report import render
 from red.report.run import Run, thinned
-from red.report.words import canary, count, duration, forecasts, judged, size, worth
+from red.report.units import count, duration, size
+from red.report.words import canary, forecasts, judged, worth
 
 EVIL = '<script>alert("x")</script><img src=http://evil/x.png onerror=alert(1)> & $a$ `b` [c](http://evil) | d\n# e'
-TAGS = {"html", "head", "meta", "title", "style", "body", "main", "p", "h1", "h2", "h3", "div", "section", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "details",
+TAGS = {"html", "head", "meta", "title", "style", "body", "main", "p", "h1", "h2", "h3", "div", "section", "table", "thead", "tbody", "tr", "th",
+        "td", "ul", "li", "details",
         "summary", "span", "i", "svg", "g", "path", "defs", "use", "text", "tspan", "image", "rect", "clippath", "line", "circle"}
 
 
 def facts(**changes) -> dict:
     steps = range(10, 60, 10)
-    history = [{"step": step, "loss": 5 - step / 20, "ce": 3 - step / 30, "kl": 1 / step, "tap_mse": 2.5, "grad_norm": 1.25, "learning_rate": 1e-4 * (60 - step),
+    history = [{"step": step, "loss": 5 - step / 20, "ce": 3 - step / 30, "kl": 1 / step, "tap_mse": 2.5, "grad_norm": 1.25,
+                "learning_rate": 1e-4 * (60 - step),
                 "tokens": 1000 * step, "tokens_per_second": 4321.0 + step} for step in steps]
-    history += [{"step": 0, "canary/teacher": 0.8}, *({"step": step, "canary/student": 0.2 + step / 100, "canary/share": 0.25 + step / 80} for step in (0, 20, 40, 40, 50))]
+    history += [{"step": 0, "canary/teacher": 0.8}, *({"step": step, "canary/student": 0.2 + step / 100,
+                                                       "canary/share": 0.25 + step / 80} for step in (0, 20, 40, 40, 50))]
     history += [{"step": step, "erank/share": 0.5 + step / 1000} for step in (0, 25, 50)]
-    return {"format": 1, "method": "red", "state": "finished", "began": "2026-01-02T03:04:05+00:00", "versions": {"red": "0.1.0", "torch": "2.13.0"}, "commit": "abcdef",
-            "device": "cpu: made up", "processes": 2, "teacher": {"name": "organisation/teacher", "parameters": 2_000_000, "hidden_size": 128, "teacher_hash": "0123"},
-            "student": {"name": None, "parameters": 500_000, "hidden_size": 64}, "data": {"name": "corpus.txt", "tokens": 777_777, "tokens_sha256": "fedc"},
-            "settings": {"changed": {"learning_rate": {"value": 0.004, "default": 0.0001}, "train_file": {"value": "/home/me/secret/corpus.txt", "default": None}},
+    return {"format": 1, "method": "red", "state": "finished", "began": "2026-01-02T03:04:05+00:00",
+            "versions": {"red": "0.1.0", "torch": "2.13.0"}, "commit": "abcdef",
+            "device": "cpu: made up", "processes": 2, "teacher": {"name": "organisation/teacher", "parameters": 2_000_000, "hidden_size": 128,
+                                                            "teacher_hash": "0123"},
+            "student": {"name": None, "parameters": 500_000, "hidden_size": 64},
+            "data": {"name": "corpus.txt", "tokens": 777_777, "tokens_sha256": "fedc"},
+            "settings": {"changed": {"learning_rate": {"value": 0.004, "default": 0.0001},
+                                     "train_file": {"value": "/home/me/secret/corpus.txt", "default": None}},
                          "default": {"seed": 42, "adam_beta2": 0.999, "canary_samples": 64, "start": "fitted"}},
-            "channels": {"start": "fitted", "selected": False}, "metrics": {"train_loss": 3.25}, "export": {"max_abs_logit_difference": 0.0}, "steps": {"done": 50, "planned": 50},
-            "erank": {"teacher": [20.0, 10.0, None], "start": [9.0, 7.5, 3.0], "end": [16.0, 9.0, 4.0], "tokens": 1024, "held_out": True, "seconds": 0.5},
-            "forecast": {"start": {"seconds": 10.0, "how": "by counting"}, "training": {"step_seconds": 0.5, "step_tokens": 2000, "bytes": 2**30, "parts": {"teacher": 2**20}, "how": "by shapes"}},
+            "channels": {"start": "fitted", "selected": False}, "metrics": {"train_loss": 3.25}, "export": {"max_abs_logit_difference": 0.0},
+            "steps": {"done": 50, "planned": 50},
+            "erank": {"teacher": [20.0, 10.0, None], "start": [9.0, 7.5, 3.0], "end": [16.0, 9.0, 4.0], "tokens": 1024, "held_out": True,
+                      "seconds": 0.5},
+            "forecast": {"start": {"seconds": 10.0, "how": "by counting"},
+                         "training": {"step_seconds": 0.5, "step_tokens": 2000, "bytes": 2**30, "parts": {"teacher": 2**20}, "how": "by shapes"}},
             "measured": {"start_seconds": 15.0, "peak_bytes": 3 * 2**29, "peak_of": "a scale"},
-            "sessions": [{"began": "then", "from_step": 0, "to_step": 30, "seconds": 60.0}, {"began": "later", "from_step": 20, "to_step": 50, "seconds": 75.0}],
+            "sessions": [{"began": "then", "from_step": 0, "to_step": 30, "seconds": 60.0},
+                         {"began": "later", "from_step": 20, "to_step": 50, "seconds": 75.0}],
             "history": history, **changes}
 
 
 JUDGED = {"teacher": {"name": "t"}, "student": {"name": "s"}, "divergence": {"kl": {"mean": 0.0625, "stderr": 0.1}, "tokens": 5000},
-          "rows": [{"task": "red_chains", "metric": "exact_match", "n": 400, "teacher": 0.95, "student": 0.8125, "difference": {"value": -0.1375, "low": -0.2, "high": -0.075}},
-                   {"task": EVIL, "metric": "acc", "n": 100, "teacher": 0.5, "student": 0.4375, "difference": {"value": -0.0625, "low": None, "high": None}}]}
+          "rows": [{"task": "red_chains", "metric": "exact_match", "n": 400, "teacher": 0.95, "student": 0.8125,
+                    "difference": {"value": -0.1375, "low": -0.2, "high": -0.075}},
+                   {"task": EVIL, "metric": "acc", "n": 100, "teacher": 0.5, "student": 0.4375,
+                    "difference": {"value": -0.0625, "low": None, "high": None}}]}
 
 
 @pytest.fixture()
@@ -58,7 +72,8 @@ def folder(tmp_path):
             (tmp_path / "eval.json").write_text(json.dumps(judgement))
         if channels:
             generator = np.random.default_rng(0)
-            save_file({"kept": generator.random(300).astype("f4"), "scores": generator.random(300).astype("f4") + 0.1, "mean_square": generator.random((5, 300)).astype("f4")},
+            save_file({"kept": generator.random(300).astype("f4"), "scores": generator.random(300).astype("f4") + 0.1,
+                       "mean_square": generator.random((5, 300)).astype("f4")},
                       tmp_path / "channels.safetensors")
         return tmp_path
 
@@ -90,7 +105,8 @@ def evil_everywhere(value):
     """Every text of a record, names of settings and versions included, said by somebody who means harm."""
     if isinstance(value, dict):
         keep = ("format", "method", "state", "history")
-        return {name: item if name in keep else evil_everywhere(item) for name, item in value.items()} | ({EVIL: EVIL} if "torch" in value or "seed" in value else {})
+        more = {EVIL: EVIL} if "torch" in value or "seed" in value else {}
+        return {name: item if name in keep else evil_everywhere(item) for name, item in value.items()} | more
     return [evil_everywhere(item) for item in value] if isinstance(value, list) else EVIL if isinstance(value, str) else value
 
 
@@ -102,7 +118,8 @@ def test_the_page_loads_nothing_and_runs_nothing(folder, evil):
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in read.links) and not read.events
     style = page[page.index("<style>"):page.index("</style>")]
     assert "http" not in style and "@import" not in page and not re.search(r"url\((?!#)", page)
-    assert "prefers-color-scheme: dark" in page and set(re.findall(r"var\(--([a-z0-9]+)\)", page)) <= set(re.findall(r"--([a-z0-9]+):", page)) | {"accent"}
+    used, defined = re.findall(r"var\(--([a-z0-9]+)\)", page), re.findall(r"--([a-z0-9]+):", page)
+    assert "prefers-color-scheme: dark" in page and set(used) <= set(defined)
     identities = re.findall(r'<clipPath id="([^"]+)"', page)
     assert len(identities) == len(set(identities)) and page.count("<svg") == page.count("</svg>") == 11
     if evil:
@@ -111,14 +128,17 @@ def test_the_page_loads_nothing_and_runs_nothing(folder, evil):
 
 def test_the_page_says_what_the_files_say(folder, no_pictures):
     shown = " ".join(Reader(render(Run.load(folder()))).shown)
-    for text in ("organisation/teacher", "25.0 %", "87.5 %", "70.0 %", "80.0 %", "45.0 %", "2 min", "50 steps", "50 k tokens", "2 sessions", "corpus.txt", "777777", "fedc",
-                 "0123", "0.004", "0.0001", "0.999", "42", "made up", "2 ×", "abcdef", "2.13.0", "1.00 GiB", "1.50 GiB", "1.5 ×", "by shapes", "a scale", "3.25",
+    for text in ("organisation/teacher", "25.0 %", "87.5 %", "70.0 %", "80.0 %", "45.0 %", "2 min", "50 steps", "50 k tokens", "2 sessions",
+                 "corpus.txt", "777777", "fedc",
+                 "0123", "0.004", "0.0001", "0.999", "42", "made up", "2 ×", "abcdef", "2.13.0", "1.00 GiB", "1.50 GiB", "1.5 ×", "by shapes",
+                 "a scale", "3.25",
                  "2026-01-02", "red_chains", "0.8125", "-0.2 to -0.075", "0.0625", "held-out text", "its logits are the same"):
         assert text in shown or text.replace(" ", "\u00a0") in shown, text
 
 
-@pytest.mark.parametrize("path", [("teacher", "parameters"), ("student", "hidden_size"), ("erank", "end", 1), ("erank", "teacher", 0), ("history", 0, "loss"), ("history", 2, "kl"),
-                                  ("history", 4, "tokens_per_second"), ("history", 7, "canary/share"), ("settings", "changed", "learning_rate", "value"), ("forecast", "training", "bytes"),
+@pytest.mark.parametrize("path", [("teacher", "parameters"), ("student", "hidden_size"), ("erank", "end", 1), ("erank", "teacher", 0), 
+                                  ("history", 0, "loss"), ("history", 2, "kl"), ("history", 4, "tokens_per_second"), ("history", 7, "canary/share"),
+                                  ("settings", "changed", "learning_rate", "value"), ("forecast", "training", "bytes"),
                                   ("measured", "start_seconds"), ("sessions", 1, "seconds"), ("steps", "done"), ("metrics", "train_loss")])
 def test_another_number_makes_another_page(folder, path):
     found = facts()
@@ -136,7 +156,8 @@ def _everything(run: Run) -> str:
     """What the page's words and curves are made of: drawing it twice for every number would take half a minute."""
     from unittest.mock import patch
 
-    with patch("red.report.figures._curve", lambda *about: f"<p>{about}</p>"), patch("red.report.figures.erank_layers", lambda run: str([run.ranks(x) for x in ("teacher", "start", "end")])):
+    ranks = patch("red.report.figures.erank_layers", lambda run: str([run.ranks(which) for which in ("teacher", "start", "end")]))
+    with patch("red.report.figures._curve", lambda *about: f"<p>{about}</p>"), ranks:
         return render(run)
 
 
@@ -144,13 +165,15 @@ def test_tables_are_right(folder):
     run = Run.load(folder())
     assert canary(run) == (0.8, 0.7, 0.875, 0.25)
     table = {row[0]: row[1:] for row in worth(run)[1]}
-    assert table["canary: problems solved, of 64"] == ["80.0 %", "20.0 %", "70.0 %"] and table["effective rank, lowest share of the teacher's"] == ["100.0 %", "45.0 %", "80.0 %"]
+    assert table["canary: problems solved, of 64"] == ["80.0 %", "20.0 %", "70.0 %"]
+    assert table["effective rank, lowest share of the teacher's"] == ["100.0 %", "45.0 %", "80.0 %"]
     assert table["training loss"] == ["–", "4.5 (step 10)", "2.5"]
     beside = {row[0]: row[1:4] for row in forecasts(run)[1]}
     assert beside["calibration and start"] == ["10 s", "15 s", "1.5 ×"] and beside["peak memory"] == ["1.00 GiB", "1.50 GiB", "1.5 ×"]
     assert beside["a step"] == ["500 ms", duration(1000 / 4351), "0.46 ×"] and beside["tokens a second"] == ["4,000", "4,351", "1.1 ×"]
     assert judged(JUDGED)[1][0] == ["red_chains", "exact_match", "400", "0.95", "0.8125", "-0.1375", "-0.2 to -0.075"]
-    assert (count(1.25e9), count(812), count(None), size(2**20), duration(3600), duration(9000)) == ("1.25 B", "812", "–", "1.0 MiB", "60 min", "2.5 h")
+    assert (count(1.25e9), count(812), count(None), size(2**20)) == ("1.25 B", "812", "–", "1.0 MiB")
+    assert (duration(0.25), duration(3600), duration(9000)) == ("250 ms", "60 min", "2.5 h")
     points = [(step, step) for step in range(10_001)]
     assert thinned(points)[0] == (0, 0) and thinned(points)[-1] == (10_000, 10_000) and len(thinned(points)) <= 502
 
@@ -162,9 +185,11 @@ def test_what_was_not_measured_is_said(folder):
     assert "Its reasoning has not been measured." in shown and "What was forecast" not in shown and "How the training went" not in shown
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 100_000, '{"history": 3, "sessions": 4, "settings": [], "erank": {"teacher": "x"}, "teacher": 5}',
-                                  '{"history": [1, {"step": "x", "loss": []}, {"step": 1e400, "loss": NaN}], "sessions": [7, {"seconds": "x"}], "settings": {"changed": {"a": 1}, "default": {"b": {}}}}',
-                                  '{"method": ["x"], "steps": {"done": true}, "forecast": {"start": 1, "training": [2]}, "measured": {"start_seconds": 1}, "versions": 3, "data": 4}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 100_000,
+                                  '{"history": 3, "sessions": 4, "settings": [], "erank": {"teacher": "x"}, "teacher": 5}',
+                                  '{"history": [1, {"step": "x", "loss": []}, {"step": 1e400, "loss": NaN}], "sessions": [7, {"seconds": "x"}]}',
+                                  '{"settings": {"changed": {"a": 1}, "default": {"b": {}}}, "measured": {"start_seconds": 1}, "versions": 3}',
+                                  '{"method": ["x"], "steps": {"done": true}, "forecast": {"start": 1, "training": [2]}, "data": 4}'])
 def test_a_damaged_record_is_no_crash(folder, text):
     place = folder(judgement={"rows": [3, {}, {"difference": {}, "teacher": 1e400}], "teacher": {}, "student": {}, "divergence": 3})
     (place / "run.json").write_text(text)
@@ -194,12 +219,16 @@ def test_the_card_is_valid(folder, student, licence):
     found["settings"]["changed"]["dataset_name"] = {"value": "organisation/data", "default": None}
     write_card(folder(found), student)
     card = ModelCard.load(student / "README.md")
-    assert card.data.base_model == "organisation/teacher" and card.data.base_model_relation == "finetune" and card.data.datasets == ["organisation/data"]
+    assert card.data.base_model == "organisation/teacher" and card.data.base_model_relation == "finetune"
+    assert card.data.datasets == ["organisation/data"]
     assert card.data.license == licence and card.data.pipeline_tag == "text-generation" and "language" not in card.data.to_dict()
     assert ("[LICENSE](LICENSE)" in card.text) == bool(licence) and ("Built with Llama." in card.text) == (licence == "llama3.2")
-    assert "| canary: problems solved, of 64 | 80.0 % | 20.0 % | 70.0 % |" in card.text and "learning_rate: 0.004" in card.text and "secret" not in card.text
-    assert yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0]) == {"learning_rate": 0.004, "train_file": "corpus.txt", "dataset_name": "organisation/data"}
-    for text in ("## What it is worth", "## Limitations", "## Licence", "## Citation", "2605.29327", "AutoModelForCausalLM", "red\\_chains", "778 k tokens"):
+    assert "| canary: problems solved, of 64 | 80.0 % | 20.0 % | 70.0 % |" in card.text
+    assert "learning_rate: 0.004" in card.text and "secret" not in card.text
+    shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert shown == {"learning_rate": 0.004, "train_file": "corpus.txt", "dataset_name": "organisation/data"}
+    for text in ("## What it is worth", "## Limitations", "## Licence", "## Citation", "2605.29327", "AutoModelForCausalLM", "red\\_chains",
+                 "778 k tokens"):
         assert text in card.text, text
 
 

@@ -1,4 +1,4 @@
-"""The student's model card: README.md of its folder as the Hugging Face hub reads it, from the facts of its run and its teacher's terms (`red.licences`)."""
+"""The student's model card: README.md as the Hugging Face hub reads it, from the facts of its run and its teacher's terms (`red.licences`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from red.errors import REDError
 from red.files import PAGE, atomic_write_text
 from red.licences import REPOSITORY, card, terms_of
 from red.report import words
-from red.report.run import Run
+from red.report.run import Run, finite_number
+from red.report.units import count
 
 # paths, names of machines and accounts, and what says nothing of the model
-PRIVATE = re.compile(r"output_dir|logging_dir|run_name|hub_|push_to_hub|report_to|project|trackio|disable_tqdm|token_cache_dir|trajectories_dir|use_cpu|save_|logging_")
+PRIVATE = re.compile(
+    r"output_dir|logging_dir|run_name|hub_|push_to_hub|report_to|project|trackio|disable_tqdm|token_cache_dir|trajectories_dir|use_cpu|save_|logging_"
+)
 LATENT_CITATION = "The method is LoRi, [arXiv 2606.05315](https://arxiv.org/abs/2606.05315), reconstructed from its paper."
 LATENT = ("import red.lori", "", 'model, tokenizer, facts = red.lori.load("path/to/this/folder")')
 
@@ -37,10 +40,29 @@ def model_card(run: Run, student: str | Path) -> str:
     dataset = words.setting(run, "dataset_name")
     known = {"datasets": [dataset]} if isinstance(dataset, str) and REPOSITORY.fullmatch(dataset) else {}
     tags = ["red", "distillation", *(["latent-reasoning"] if run.method == "lori" else ["width-pruning"])]
-    return card(terms, int(width), facts={**known, "tags": tags}, summary=md(words.done(run)), usage=LATENT if run.method == "lori" else None,
-                citation=LATENT_CITATION if run.method == "lori" else None,
-                sections=["## What it is worth", "", *_table(*words.worth(run)), *_judged(run), "", *_report(run), "## How it was made", "", *_made(run),
-                          "## Limitations", "", *(f"* {md(text)}" for text in words.limitations(run)), ""])
+    return card(
+        terms,
+        int(width),
+        facts={**known, "tags": tags},
+        summary=md(words.done(run)),
+        usage=LATENT if run.method == "lori" else None,
+        citation=LATENT_CITATION if run.method == "lori" else None,
+        sections=[
+            "## What it is worth",
+            "",
+            *_table(*words.worth(run)),
+            *_judged(run),
+            "",
+            *_report(run),
+            "## How it was made",
+            "",
+            *_made(run),
+            "## Limitations",
+            "",
+            *(f"* {md(text)}" for text in words.limitations(run)),
+            "",
+        ],
+    )
 
 
 def _report(run: Run) -> list[str]:
@@ -65,8 +87,8 @@ def _made(run: Run) -> list[str]:
             lines.append(f"{name}: {json.dumps(_without_path(name, entry.get('value')), ensure_ascii=True)}")
     data, versions = run.get("data") or {}, run.get("versions") or {}
     lines += ["```", ""]
-    if isinstance(data, dict) and words.finite_number(data.get("tokens")):
-        lines += [f"Text: {md(str(data.get('name')))}, {words.count(words.finite_number(data['tokens']))} tokens.", ""]
+    if isinstance(data, dict) and finite_number(data.get("tokens")):
+        lines += [f"Text: {md(str(data.get('name')))}, {count(finite_number(data['tokens']))} tokens.", ""]
     if isinstance(versions, dict) and versions:
         shown = ", ".join(f"{md(str(name))} {md(str(value))}" for name, value in versions.items() if name in ("red", "torch", "transformers"))
         lines += [f"With {shown}; commit of red: {md(run.text('commit') or 'unknown')}.", ""]
@@ -76,7 +98,11 @@ def _made(run: Run) -> list[str]:
 def _without_path(name: str, value):
     """Of a path, its last part: a card says nothing of the machine."""
     if isinstance(value, str) and name not in ("dataset_name",) and ("/" in value or "\\" in value):
-        return _repository(value) if name.endswith("model_name_or_path") and REPOSITORY.fullmatch(value) and not Path(value).exists() else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        return (
+            _repository(value)
+            if name.endswith("model_name_or_path") and REPOSITORY.fullmatch(value) and not Path(value).exists()
+            else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        )
     return [_without_path(name, item) for item in value] if isinstance(value, list) else value
 
 

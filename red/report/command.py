@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 DESCRIPTION = """\
-Make the report of a run again, from what lies in its folder: run.json and the last checkpoint's log, the channels of its start, and JSONs of red eval.
-A run that was killed, or still trains, has a report too.
+Make the report of a run again, from what lies in its folder: run.json and the last checkpoint's log, the channels of its start, and JSONs of
+red eval. A run that was killed, or still trains, has a report too.
 
   red report run                              writes run/report.html
   red report run --out seen.html

@@ -13,8 +13,21 @@ BINS = 256  # columns of the channel map
 DASHED = (0, (5, 3))
 TINTS = {"warm": (225, 60, 75), "cool": (70, 130, 200)}  # of pictures whose pixels cannot follow the theme: readable on white and on black
 CURVES = (  # title, unit of the axis, the logged values with their names, and whether the axis is logarithmic
-    ("loss", "", (("loss", "loss"), ("ce", "cross entropy"), ("kl", "KL"), ("task", "task"), ("anchor", "anchor"), ("rationale", "rationale"), ("cot", "chain of thought"),
-                  ("eval_loss", "held out")), True),
+    (
+        "loss",
+        "",
+        (
+            ("loss", "loss"),
+            ("ce", "cross entropy"),
+            ("kl", "KL"),
+            ("task", "task"),
+            ("anchor", "anchor"),
+            ("rationale", "rationale"),
+            ("cot", "chain of thought"),
+            ("eval_loss", "held out"),
+        ),
+        True,
+    ),
     ("error of the taps", "", (("tap_mse", "taps"),), True),
     ("canary: problems solved, share of the teacher's", "%", (("canary/share", "canary"),), False),
     ("effective rank, lowest share of the teacher's", "%", (("erank/share", "eRank"),), False),
@@ -40,13 +53,23 @@ def _curve(title: str, unit: str, lines, logarithmic: bool) -> str:
         figure, axes = plt.subplots(figsize=(5.0, 2.6))
         for place, (label, points) in enumerate(lines):
             points = thinned(points)
-            axes.plot([step for step, _ in points], [scale * value for _, value in points], color=ROLES[f"start{(place + 1) % 8}"], label=label, linewidth=1.7,
-                      marker=MARKERS[place] if len(points) <= 24 else None, clip_on=False, zorder=3)
+            axes.plot(
+                [step for step, _ in points],
+                [scale * value for _, value in points],
+                color=ROLES[f"start{(place + 1) % 8}"],
+                label=label,
+                linewidth=1.7,
+                marker=MARKERS[place] if len(points) <= 24 else None,
+                clip_on=False,
+                zorder=3,
+            )
         values = [scale * value for _, points in lines for _, value in points]
         if logarithmic and min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if max(values) < 40 * min(values) and f"{value:.0e}"[0] in "25" else ""))
+            axes.yaxis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}" if max(values) < 40 * min(values) and f"{value:.0e}"[0] in "25" else "")
+            )
         else:
             axes.set_ylim(bottom=min(0, min(values)), top=max(values) * 1.08 or 1)
         if unit:
@@ -67,8 +90,11 @@ def erank_layers(run: Run) -> str:
     teacher, start, end = (run.ranks(which) for which in ("teacher", "start", "end"))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 3.0))
-        for values, role, line, mark, label in ((teacher, "teacher", DASHED, "o", "teacher"), (start, "start1", (0, (1.4, 1.2)), "s", "student, start"),
-                                               (end if run.method != "compress" else [], "start0", "-", "D", "student, end")):
+        for values, role, line, mark, label in (
+            (teacher, "teacher", DASHED, "o", "teacher"),
+            (start, "start1", (0, (1.4, 1.2)), "s", "student, start"),
+            (end if run.method != "compress" else [], "start0", "-", "D", "student, end"),
+        ):
             if values:
                 axes.plot(range(len(values)), numbers(values), color=ROLES[role], linestyle=line, marker=mark, label=label, clip_on=False, zorder=3)
         axes.set_ylim(bottom=0)
@@ -83,10 +109,21 @@ def channels(run: Run) -> str:
     found = run.channels
     scores, kept, depths = found.get("scores"), found.get("kept"), found.get("mean_square")
     order = np.argsort(-(scores if scores is not None else kept), kind="stable")
-    panels = [(name, height) for name, height, there in (("scores", 1.5, scores is not None), ("depths", 1.7, depths is not None), ("kept", 0.95, kept is not None)) if there]
+    panels = [
+        (name, height)
+        for name, height, there in (("scores", 1.5, scores is not None), ("depths", 1.7, depths is not None), ("kept", 0.95, kept is not None))
+        if there
+    ]
     with plt.rc_context(STYLE):
-        figure, drawn = plt.subplots(len(panels), 1, figsize=(10.8, sum(height for _, height in panels) + 0.3), sharex=True, squeeze=False,
-                                     height_ratios=[height for _, height in panels], gridspec_kw={"hspace": 0.42})
+        figure, drawn = plt.subplots(
+            len(panels),
+            1,
+            figsize=(10.8, sum(height for _, height in panels) + 0.3),
+            sharex=True,
+            squeeze=False,
+            height_ratios=[height for _, height in panels],
+            gridspec_kw={"hspace": 0.42},
+        )
         width = len(order)
         for axes, (name, _) in zip(drawn[:, 0], panels):
             axes.set_xlim(0, width)
@@ -118,7 +155,9 @@ def channels(run: Run) -> str:
 def reasoning(run: Run) -> str:
     """The canary's share against the cross entropy on the training text at the same steps, joined in time; "" where there are no two."""
     losses = run.series("ce") or run.series("loss")
-    points = [(step, min(losses, key=lambda entry: abs(entry[0] - step)), share) for step, share in run.series("canary/share") if step] if losses else []
+    points = (
+        [(step, min(losses, key=lambda entry: abs(entry[0] - step)), share) for step, share in run.series("canary/share") if step] if losses else []
+    )
     apart = min((late[0] - early[0] for early, late in zip(losses, losses[1:])), default=0)
     points = [(step, entry[1], share) for step, entry, share in points if abs(entry[0] - step) <= apart]
     if len(points) < 2:
@@ -126,9 +165,19 @@ def reasoning(run: Run) -> str:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.4, 2.9))
         shown = thinned(points, 100)
-        axes.plot([loss for _, loss, _ in shown], [100 * share for _, _, share in shown], color=ROLES["start0"], marker="o", linewidth=1.4, clip_on=False, zorder=3)
+        axes.plot(
+            [loss for _, loss, _ in shown],
+            [100 * share for _, _, share in shown],
+            color=ROLES["start0"],
+            marker="o",
+            linewidth=1.4,
+            clip_on=False,
+            zorder=3,
+        )
         for step, loss, share in (shown[0], shown[-1]):
-            axes.annotate(f"step {step:.0f}", (loss, 100 * share), textcoords="offset points", xytext=(4, -12), ha="left", fontsize=8, color=ROLES["muted"])
+            axes.annotate(
+                f"step {step:.0f}", (loss, 100 * share), textcoords="offset points", xytext=(4, -12), ha="left", fontsize=8, color=ROLES["muted"]
+            )
         axes.axhline(100, color=ROLES["teacher"], linestyle=DASHED, linewidth=1.2)
         axes.set_ylim(0, max(104, *(100 * share for _, _, share in points)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
@@ -142,8 +191,14 @@ def reasoning(run: Run) -> str:
 
 def tasks(judgement: dict) -> str:
     """Dots of teacher and student for every score of `red eval` between 0 and 1; "" where there is none."""
-    rows = [row for row in judgement["rows"] if isinstance(row, dict) and all(0 <= (finite_number(row.get(side)) or 0) <= 1 for side in ("teacher", "student"))
-            and finite_number(row.get("teacher")) is not None and finite_number(row.get("student")) is not None][:40]
+    rows = [
+        row
+        for row in judgement["rows"]
+        if isinstance(row, dict)
+        and all(0 <= (finite_number(row.get(side)) or 0) <= 1 for side in ("teacher", "student"))
+        and finite_number(row.get("teacher")) is not None
+        and finite_number(row.get("student")) is not None
+    ][:40]
     if not rows:
         return ""
     with plt.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Facts that have to be taken while the models are there: shapes and hashes, effective rank, channels, memory, and what red forecast for this very run."""
+"""Facts to be taken while the models are there: shapes and hashes, effective rank, channels, memory, and what red forecast for this very run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,16 @@ SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 def model_facts(model: PreTrainedModel) -> dict:
     """Name, shape, parameters and the SHA-256 of the configuration (without names and versions, which say nothing of the model)."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    return {"name": name_of(model.name_or_path) if model.name_or_path else None, "parameters": model.num_parameters(), "config_sha256": digest,
-            **{key: getattr(model.config, key, None) for key in SHAPE}}
+    return {
+        "name": name_of(model.name_or_path) if model.name_or_path else None,
+        "parameters": model.num_parameters(),
+        "config_sha256": digest,
+        **{key: getattr(model.config, key, None) for key in SHAPE},
+    }
 
 
 def data_facts(source, rows) -> dict:
@@ -105,8 +111,13 @@ def forecast_start(config, teacher, tokens: int) -> dict | None:
     if from_file(config):
         return None
     cost = start_cost(config, teacher.config, tokens, teacher.dtype.itemsize)
-    return {"seconds": cost.seconds, "host_bytes": cost.host_bytes, "device_bytes": cost.device_bytes, "flops": cost.flops,
-            "how": "counted operations at the rate this device reaches in one large float32 product"}
+    return {
+        "seconds": cost.seconds,
+        "host_bytes": cost.host_bytes,
+        "device_bytes": cost.device_bytes,
+        "flops": cost.flops,
+        "how": "counted operations at the rate this device reaches in one large float32 product",
+    }
 
 
 def forecast_training(trainer) -> dict:
@@ -117,19 +128,39 @@ def forecast_training(trainer) -> dict:
     common = dict(checkpointing=args.checkpointing, tap_target="gather" if gathers else "projected")
     gpu = _known_gpu(args.device)
     if gpu:
-        found = plan(config, args.hidden_size, gpu=gpu, gpus=args.world_size, per_device_train_batch_size=rows, max_length=length, gradient_accumulation_steps=micro,
-                     sharding="full" if args.sharding else "none", student_dtype="bfloat16" if trainer.student.dtype == torch.bfloat16 else "float32", **common).placements[-1]
+        found = plan(
+            config,
+            args.hidden_size,
+            gpu=gpu,
+            gpus=args.world_size,
+            per_device_train_batch_size=rows,
+            max_length=length,
+            gradient_accumulation_steps=micro,
+            sharding="full" if args.sharding else "none",
+            student_dtype="bfloat16" if trainer.student.dtype == torch.bfloat16 else "float32",
+            **common,
+        ).placements[-1]
         held = {name: value for name, value in asdict(found.memory).items() if value}
-        return {"step_seconds": found.step_seconds, "step_tokens": found.step_tokens, "bytes": found.memory.peak, "parts": held,
-                "how": f"red plan for {args.world_size} {gpu} at {UTILISATION:.0%} of the data sheet's products, which is assumed"}
+        return {
+            "step_seconds": found.step_seconds,
+            "step_tokens": found.step_tokens,
+            "bytes": found.memory.peak,
+            "parts": held,
+            "how": f"red plan for {args.world_size} {gpu} at {UTILISATION:.0%} of the data sheet's products, which is assumed",
+        }
     held = parts(trainer)
     own = rows * length * micro
     seconds = None
     if args.device.type == "cpu":
         flops = costs.flops(costs.Sizes.of(config), args.hidden_size, context=length, sharing=own, **common).total
         seconds = flops * own / measured_rate(args.device)
-    return {"step_seconds": seconds, "step_tokens": own * args.world_size, "bytes": sum(held.values()), "parts": held,
-            "how": "counted operations at the rate this device reaches in one large float32 product, a floor; bytes by shapes"}
+    return {
+        "step_seconds": seconds,
+        "step_tokens": own * args.world_size,
+        "bytes": sum(held.values()),
+        "parts": held,
+        "how": "counted operations at the rate this device reaches in one large float32 product, a floor; bytes by shapes",
+    }
 
 
 def _known_gpu(device: torch.device) -> str | None:

@@ -44,9 +44,14 @@ code { font: 14px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
 mark { background: var(--badbg); color: var(--bad); border-radius: 3px; padding: 0 3px; }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
 details summary { cursor: pointer; font-weight: 600; font-size: 20px; }
-details summary.minor { font-size: 15px; margin-top: 14px; } .fit tbody th, .words tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9em; } .words th { text-align: left; } .how td:last-child, .how th:last-child { text-align: left; white-space: normal; min-width: 16em; } .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+details summary.minor { font-size: 15px; margin-top: 14px; }
+.fit tbody th, .words tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
+.words th { text-align: left; }
+.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.how td:last-child, .how th:last-child { text-align: left; white-space: normal; min-width: 16em; }
 section h3 { margin: 14px 0 6px; overflow-wrap: anywhere; }
-details table { margin-top: 12px; } details td { text-align: left; white-space: normal; overflow-wrap: anywhere; } details th { width: 18em; font-weight: 500; color: var(--muted); }
+details table { margin-top: 12px; } details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+details th { width: 18em; font-weight: 500; color: var(--muted); }
 """
 SMALL = ' class="small"'
 PAGE = Template("""\
@@ -80,15 +85,19 @@ def page(body: str, *, title: str, kicker: str, headline: str, lead: str) -> str
 def _colours() -> str:
     """The palette as CSS variables, for both themes."""
     light, dark = (" ".join(f"--{role}: {colours[theme]};" for role, colours in PALETTE.items()) for theme in (0, 1))
-    return (f":root {{ --page: #f6f7f9; --panel: #ffffff; {light} --good: #12733f; --bad: #b3261e; --badbg: #fbe3e1; }}\n"
-            "@media (prefers-color-scheme: dark) {\n"
-            f"  :root {{ --page: #14161a; --panel: #1c1f25; {dark} --good: #5fd08f; --bad: #ff8a80; --badbg: #4a2220; }}\n}}\n")
+    return (
+        f":root {{ --page: #f6f7f9; --panel: #ffffff; {light} --good: #12733f; --bad: #b3261e; --badbg: #fbe3e1; }}\n"
+        "@media (prefers-color-scheme: dark) {\n"
+        f"  :root {{ --page: #14161a; --panel: #1c1f25; {dark} --good: #5fd08f; --bad: #ff8a80; --badbg: #4a2220; }}\n}}\n"
+    )
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Plain text in, a table whose first column names the rows out."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-    body = "\n".join("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row)) + "</tr>" for row in rows)
+    body = "\n".join(
+        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row)) + "</tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 

@@ -47,14 +47,19 @@ logger = logging.get_logger(__name__)
 
 def quietly(method):
     """A failure becomes a warning."""
+
     @functools.wraps(method)
     def attempt(self, *args, **kwargs):
         if self.writes:
             try:
                 return method(self, *args, **kwargs)
             except Exception as error:  # a full disk, a model that is odd in some way: nothing of it may end a run
-                logger.warning(f"The run's record ({method.__name__.strip('_')}) could not be made: {type(error).__name__}: {error}. The run itself is not touched by this.")
+                logger.warning(
+                    f"The run's record ({method.__name__.strip('_')}) could not be made: {type(error).__name__}: {error}. "
+                    "The run itself is not touched by this."
+                )
         return None
+
     return attempt
 
 
@@ -99,8 +104,13 @@ class Record:
             except (OSError, ValueError, RecursionError):  # a run of an earlier red
                 earlier = {}
         self.facts |= {name: earlier[name] for name in KEPT if name in earlier} if isinstance(earlier, dict) else {}
-        self.facts |= {"settings": settings_of(self.config), "versions": {"red": red.__version__, **provenance.versions()}, "commit": provenance.commit(),
-                       "device": provenance.device(self.config.device.type), "processes": self.config.world_size}
+        self.facts |= {
+            "settings": settings_of(self.config),
+            "versions": {"red": red.__version__, **provenance.versions()},
+            "commit": provenance.commit(),
+            "device": provenance.device(self.config.device.type),
+            "processes": self.config.world_size,
+        }
         for name in ("measured", "forecast"):
             self.facts.setdefault(name, {})
         self.facts.setdefault("sessions", [])
@@ -169,7 +179,10 @@ class Record:
         peak = measuring.peak_memory(self.config.device)
         if peak["bytes"] is not None:
             before = self.before["bytes"] if self.before and self.config.device.type != "cuda" else 0
-            self.facts["measured"] |= {"peak_bytes": max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0), "peak_of": peak["of"]}
+            self.facts["measured"] |= {
+                "peak_bytes": max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0),
+                "peak_of": peak["of"],
+            }
         provenance.write_json(self.folder / RUN_FILE, self.facts)
         self._written = time.monotonic()
 
@@ -191,8 +204,11 @@ class Record:
             before = self.ranks.seconds
             self.facts["erank"]["end"] = self.ranks.of(student)
             self.facts["erank"]["seconds"] += self.ranks.seconds - before
-        facts = {} if exported is None or isinstance(exported, (str, Path)) else {
-            name: getattr(exported, name) for name in ("model_type", "dtype", "tied", "parameters", "bytes", "max_abs_logit_difference")}
+        facts = (
+            {}
+            if exported is None or isinstance(exported, (str, Path))
+            else {name: getattr(exported, name) for name in ("model_type", "dtype", "tied", "parameters", "bytes", "max_abs_logit_difference")}
+        )
         self.facts |= {"state": "finished", "metrics": metrics, "export": facts}
 
     @quietly

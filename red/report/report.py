@@ -9,7 +9,8 @@ from red.files import atomic_write_text
 from red.report import figures, words
 from red.report.page import card, facts_table, legend, page, table
 from red.report.run import Run, finite_number
-from red.report.words import NOT_MEASURED, count, duration, number, percent, size
+from red.report.units import count, duration, number, percent, ratio, size
+from red.report.words import NOT_MEASURED
 
 KINDS = {"red": "distillation", "compress": "compression", "lori": "latent reasoning"}
 
@@ -28,8 +29,8 @@ def render(run: Run) -> str:
     """The page as text."""
     headline = words.headline(run)
     sections = [_cards(run), _worth(run), _judged(run), _curves(run), _erank(run), _channels(run), _forecast(run), _settings(run), _provenance(run)]
-    body = "\n".join(part for part in sections if part) + "\n"
-    return page(body, title=f"red: {headline}", kicker=f"red · {KINDS.get(run.method, 'run')}", headline=headline.replace(" %", "\u00a0%"), lead=words.done(run))
+    return page("\n".join(part for part in sections if part) + "\n", title=f"red: {headline}", kicker=f"red · {KINDS.get(run.method, 'run')}",
+                headline=headline.replace(" %", "\u00a0%"), lead=words.done(run))
 
 
 def _section(title: str, text: str, *parts: str) -> str:
@@ -37,70 +38,70 @@ def _section(title: str, text: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{said}\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-def _scroll(content: str, wide: bool = False) -> str:
-    return f'<div class="scroll{" wide" * wide}">{content}</div>' if content else ""
+def _scroll(content: str, kind: str = "") -> str:
+    return f'<div class="scroll {kind}">{content}</div>' if content else ""
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>' if text else ""
+
+
+def _folded(title: str, content: str) -> str:
+    return f'<details><summary class="minor">{escape(title)}</summary>{content}</details>'
 
 
 def _cards(run: Run) -> str:
-    teacher, student = run.number("teacher", "parameters"), run.number("student", "parameters")
     cards = []
+    teacher, student = run.number("teacher", "parameters"), run.number("student", "parameters")
     if student and run.method != "lori":
-        cards.append(card("size", "teacher", percent(words.ratio(student, teacher)), "of the teacher's parameters",
-                          f"{count(student)} of {count(teacher)} · width {number(run.number('student', 'hidden_size'))} of {number(run.number('teacher', 'hidden_size'))}"))
+        widths = f"width {number(run.number('student', 'hidden_size'))} of {number(run.number('teacher', 'hidden_size'))}"
+        cards.append(card("size", "teacher", percent(ratio(student, teacher)), "of the teacher's parameters",
+                          f"{count(student)} of {count(teacher)} · {widths}"))
     theirs, mine, share, first = words.canary(run)
     if share is not None:
         cards.append(card("reasoning", "start0", percent(share), "of the canary problems that the teacher solves",
                           f"student {percent(mine)}, teacher {percent(theirs)} · at the start {percent(first)} of it"))
-    if run.method != "lori":
-        lowest = words.lowest_share(run, "end")
-        lowest = lowest if lowest is not None else words.lowest_share(run, "start")
-        if lowest is not None:
-            cards.append(card("effective rank", "start1", percent(lowest), "of the teacher's, at the layer where it is least",
-                              f"at the start {percent(words.lowest_share(run, 'start'))}" if run.method != "compress" else "a collapsed student has less than 25 %"))
+    start, end = words.lowest_share(run, "start"), words.lowest_share(run, "end")
+    if run.method != "lori" and start is not None:
+        cards.append(card("effective rank", "start1", percent(start if end is None else end), "of the teacher's, at the layer where it is least",
+                          "a collapsed student has less than 25 %" if run.method == "compress" else f"at the start {percent(start)}"))
     if run.method == "lori" and (losses := run.series("task")):
         cards.append(card("task loss", "start0", number(losses[-1][1]), "at the end", f"{number(losses[0][1])} at step {losses[0][0]:.0f}"))
-    seconds = words.training_seconds(run)
-    if seconds:
-        rate, sessions = words.rate(run), run.get("sessions")
-        small = " · ".join(part for part in (f"{count(rate)} tokens/s" if rate else "", f"{len(sessions)} sessions" if len(sessions) > 1 else "") if part)
-        cards.append(card("training", "start3", duration(seconds), f"{number(run.number('steps', 'done'))} steps" + (f", {count(run.last('tokens'))} tokens" if run.last("tokens") else ""), small or " "))
+    if seconds := words.training_seconds(run):
+        tokens, rate, sessions = run.last("tokens"), words.rate(run), len(run.get("sessions"))
+        small = [f"{count(rate)} tokens/s"] * bool(rate) + [f"{sessions} sessions"] * (sessions > 1)
+        cards.append(card("training", "start3", duration(seconds),
+                          f"{number(run.number('steps', 'done'))} steps" + (f", {count(tokens)} tokens" if tokens else ""),
+                          " · ".join(small) or " "))
     elif run.number("measured", "start_seconds") is not None:
-        cards.append(card("start", "start3", duration(run.number("measured", "start_seconds")), "calibration, map and fit", f"start {words.start_name(run)}"))
+        cards.append(card("start", "start3", duration(run.number("measured", "start_seconds")), "calibration, map and fit",
+                          f"start {words.start_name(run)}"))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
 def _worth(run: Run) -> str:
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
     heading, rows = words.worth(run)
-    apart = run.number("export", "max_abs_logit_difference")
-    checked = "" if apart is None else f"The exported checkpoint was reloaded in a fresh process; its logits {f'differ by {number(apart)} at most' if apart else 'are the same'}."
     limits = "".join(f"<li>{escape(text)}</li>" for text in words.limitations(run))
-    return _section("What it is worth", "", f'<div class="scroll fit">{table(heading, rows)}</div>' if rows else "", f'<ul class="says">{limits}</ul>', f'<p class="note">{escape(checked)}</p>' if checked else "", notes)
+    return _section("What it is worth", "", _scroll(table(heading, rows), "fit") if rows else "", f'<ul class="says">{limits}</ul>',
+                    _note(words.reloaded(run)),
+                    *map(_note, run.notes))
 
 
 def _judged(run: Run) -> str:
-    parts = []
+    title, parts = "Reasoning against general skill", []
     for name, judgement in run.judgements:
         drawn = figures.tasks(judgement)
         marks = f'<div class="legend">{legend([("teacher", "teacher"), ("student", "start0")])}</div>' if drawn else ""
-        parts += [f"<h3>{escape(name)}</h3>", marks, _scroll(drawn, wide=True), _scroll(table(*words.judged(judgement)))]
-    drawn = figures.reasoning(run)
-    if drawn:
-        parts.append("<p>Text that is easy to predict comes back long before reasoning does: a cross entropy that falls while the share of problems solved stays low is a student "
-                     f"that talks fluently and cannot do its steps.</p>{drawn}")
-    if not parts:
-        parts.append(f'<p class="note">{NOT_MEASURED.capitalize()}: canary_steps=100 with canary_file asks while it trains; red eval STUDENT --against TEACHER --output '
-                     "RUN/eval.json, then red report RUN, judges what came out.</p>" if run.method != "lori" else
-                     f'<p class="note">{NOT_MEASURED.capitalize()}: red.lori.evaluate asks the student.</p>')
-    return _section("Reasoning against general skill", "", *parts)
+        parts += [f"<h3>{escape(name)}</h3>", marks, _scroll(drawn, "wide"), _scroll(table(*words.judged(judgement)))]
+    if drawn := figures.reasoning(run):
+        parts.append(f"<p>{escape(words.FLUENT)}</p>{drawn}")
+    return _section(title, "", *(parts or [_note(words.how_to_judge(run))]))
 
 
 def _curves(run: Run) -> str:
     drawn = figures.curves(run)
-    if not drawn:
-        return ""
-    return _section("How the training went", "By optimiser step; means over the steps since the line before. Axes of losses are logarithmic where the values differ much.",
-                    f'<div class="pair">{"".join(f"<div>{one}</div>" for one in drawn)}</div>')
+    return _section("How the training went", words.LOGGED,
+                    f'<div class="pair">{"".join(f"<div>{one}</div>" for one in drawn)}</div>') if drawn else ""
 
 
 def _erank(run: Run) -> str:
@@ -108,37 +109,20 @@ def _erank(run: Run) -> str:
         return ""
     title = "How many directions the hidden states use"
     if not (run.ranks("teacher") and run.ranks("start")):
-        return _section(title, "", f'<p class="note">{NOT_MEASURED.capitalize()}: erank_steps=50 measures while it trains, red erank afterwards.</p>')
-    tokens, seconds = run.number("erank", "tokens"), run.number("erank", "seconds")
-    text = "Effective rank of the residual stream by layer. A stream that has collapsed makes tokens look alike."
-    if tokens:
-        text += f" Of {tokens:,.0f} tokens of the {'held-out' if run.get('erank', 'held_out') else 'training'} text; it took {duration(seconds)}. It grows with the number of tokens: compare only at the same."
-    return _section(title, text, _scroll(figures.erank_layers(run), wide=True))
+        return _section(title, "", _note(f"{NOT_MEASURED.capitalize()}: erank_steps=50 measures while it trains, red erank afterwards."))
+    return _section(title, words.ranked(run), _scroll(figures.erank_layers(run), "wide"))
 
 
 def _channels(run: Run) -> str:
-    if not run.channels:
-        return ""
-    kept = run.channels.get("kept")
-    selected = run.get("channels", "selected")
-    text = f"Start {words.start_name(run)}. "
-    if kept is not None and selected:
-        text += f"It keeps {int(kept.sum())} of {len(kept)} channels and drops the others."
-    elif kept is not None:
-        text += (f"It selects no channels: its stream is a mixture of all, of {kept.sum():.0f} dimensions out of {len(kept)}. Shown is the share of each channel that lies in the span of the "
-                 "embedding's map.")
-    return _section("Which channels the student is made of", text, _scroll(figures.channels(run), wide=True))
+    return _section("Which channels the student is made of", words.chosen(run), _scroll(figures.channels(run), "wide")) if run.channels else ""
 
 
 def _forecast(run: Run) -> str:
     heading, rows = words.forecasts(run)
-    if not rows:
-        return ""
-    parts = run.get("forecast", "training", "parts")
+    parts, how = run.get("forecast", "training", "parts"), run.text("forecast", "training", "how") or run.text("forecast", "start", "how")
     held = {name: size(value) for name, value in parts.items() if finite_number(value)} if isinstance(parts, dict) else {}
-    folded = f"<details><summary class=\"minor\">Forecast memory, by part</summary>{facts_table(held)}</details>" if held else ""
-    how = run.text("forecast", "training", "how") or run.text("forecast", "start", "how")
-    return _section("What was forecast, and what it took", f"The forecast: {how}." if how else "", f'<div class="scroll how">{table(heading, rows)}</div>', folded)
+    return _section("What was forecast, and what it took", f"The forecast: {how}." if how else "", _scroll(table(heading, rows), "how"),
+                    _folded("Forecast memory, by part", facts_table(held)) if held else "") if rows else ""
 
 
 def _settings(run: Run) -> str:
@@ -146,8 +130,9 @@ def _settings(run: Run) -> str:
     if not isinstance(changed, dict) or not isinstance(kept, dict):
         return ""
     rows = [[name, _value(entry.get("value")), _value(entry.get("default"))] for name, entry in changed.items() if isinstance(entry, dict)]
-    return _section("Settings", "Those that are not at their default, in full:", '<div class="scroll words">' + table(["", "value", "default"], rows) + "</div>",
-                    f'<details><summary class="minor">The {len(kept)} others, at their defaults</summary>{facts_table({name: _value(value) for name, value in kept.items()})}</details>')
+    others = facts_table({name: _value(value) for name, value in kept.items()})
+    return _section("Settings", "Those that are not at their default, in full:", _scroll(table(["", "value", "default"], rows), "words"),
+                    _folded(f"The {len(kept)} others, at their defaults", others))
 
 
 def _provenance(run: Run) -> str:

@@ -54,8 +54,11 @@ class Run:
         run.history = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
         run._read_channels()
         if not (run.facts or run.history or run.channels):
-            raise REDError(f"{folder} is no run of red: it has no {RUN_FILE}, no checkpoint-N and no {START_FILE}. Name the output_dir of red distill, red compress or red lori."
-                           + "".join(f" {note}" for note in run.notes))
+            raise REDError(
+                f"{folder} is no run of red: it has no {RUN_FILE}, no checkpoint-N and no {START_FILE}. "
+                "Name the output_dir of red distill, red compress or red lori."
+                + "".join(f" {note}" for note in run.notes)
+            )
         for path in sorted(folder.glob("*.json")):
             if path.name != RUN_FILE and _is_judgement(found := run._json(path, dict, quiet=True)):
                 run.judgements.append((path.name, found))
@@ -89,10 +92,14 @@ class Run:
             if "model.embed_tokens.weight" in found:
                 embedding = found.pop("model.embed_tokens.weight").astype(np.float64)
                 chosen = found.pop("channels", None)
-                found["kept"] = np.isin(np.arange(len(embedding)), chosen).astype(float) if chosen is not None else np.square(np.linalg.qr(embedding)[0]).sum(1)
+                found["kept"] = (
+                    np.isin(np.arange(len(embedding)), chosen).astype(float) if chosen is not None else np.square(np.linalg.qr(embedding)[0]).sum(1)
+                )
             width = len(found["kept"]) if "kept" in found else found["scores"].shape[0]
             shapes = {"kept": (width,), "scores": (width,), "mean_square": (*found.get("mean_square", np.zeros((1, width))).shape[:1], width)}
-            if not 1 <= width <= WIDEST or any(value.shape != shapes[name] or not np.isfinite(value.astype(np.float64)).all() for name, value in found.items()):
+            if not 1 <= width <= WIDEST or any(
+                value.shape != shapes[name] or not np.isfinite(value.astype(np.float64)).all() for name, value in found.items()
+            ):
                 raise ValueError("its tensors are not the channels of one model")
             self.channels = {name: value.astype(np.float64) for name, value in found.items()}
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, np.linalg.LinAlgError) as error:
@@ -161,4 +168,6 @@ def thinned(points: Sequence, most: int = 500) -> list:
 
 def _is_judgement(found) -> bool:
     """What `red eval --output` writes."""
-    return isinstance(found, dict) and isinstance(found.get("rows"), list) and all(isinstance(found.get(side), dict) for side in ("teacher", "student"))
+    return (
+        isinstance(found, dict) and isinstance(found.get("rows"), list) and all(isinstance(found.get(side), dict) for side in ("teacher", "student"))
+    )

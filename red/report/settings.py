@@ -32,7 +32,12 @@ def _derived(config) -> dict:
     if hasattr(config, "preset"):
         return PRESETS[config.preset]
     faithful = getattr(config, "lrc_faithful", False)
-    return {"temperature": 40.0 if faithful else 1.0, "kl_reduction": "sequence" if faithful else "token", "tap_detach": not faithful, "tap_normalize": not faithful}
+    return {
+        "temperature": 40.0 if faithful else 1.0,
+        "kl_reduction": "sequence" if faithful else "token",
+        "tap_detach": not faithful,
+        "tap_normalize": not faithful,
+    }
 
 
 def _default(field):

@@ -1,49 +1,15 @@
-"""What a run's facts say, in sentences and tables of plain text. The page and the model card take their words from here; nothing is claimed that is not there."""
+"""What a run's facts say, in sentences and tables of plain text, for the page and the model card; nothing is claimed that is not there."""
 
 from __future__ import annotations
 
 from red.report.run import Run, finite_number
+from red.report.units import count, duration, number, percent, ratio, size
 
 NOT_MEASURED = "not measured"
+LOGGED = "By optimiser step; means over the steps since the line before. Axes of losses are logarithmic where the values differ much."
+FLUENT = ("Text that is easy to predict comes back long before reasoning does: a cross entropy that falls while the share of problems solved stays low is a "
+          "student that talks fluently and cannot do its steps.")
 VERBS = {"red": "distilled", "compress": "narrowed", "lori": "taught"}
-
-
-def count(value: float | None) -> str:
-    """1.24 B, 3.5 M, 12.3 k, 812."""
-    if value is None:
-        return "–"
-    for size, name in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if name == ' k' else size):.3g}{name}"
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def size(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
 
 
 def teacher_name(run: Run) -> str:
@@ -54,7 +20,11 @@ def headline(run: Run) -> str:
     """One line for the top."""
     width, wide, kept = run.number("student", "hidden_size"), run.number("teacher", "hidden_size"), canary(run)[2]
     if run.method == "lori":
-        return f"{teacher_name(run)} that reasons in {number(setting(run, 'latent_steps'))} latent steps" if setting(run, "latent_steps") else f"{teacher_name(run)}, {setting(run, 'preset')}"
+        return (
+            f"{teacher_name(run)} that reasons in {number(setting(run, 'latent_steps'))} latent steps"
+            if setting(run, "latent_steps")
+            else f"{teacher_name(run)}, {setting(run, 'preset')}"
+        )
     if not width or not wide:
         return f"A student of {teacher_name(run)}"
     sizes = f"width {width:.0f} instead of {wide:.0f}"
@@ -69,7 +39,11 @@ def done(run: Run) -> str:
     if wide:
         text += f" (width {wide:.0f}, {count(teacher)} parameters)"
     if run.method == "lori":
-        text += f" to answer after {number(setting(run, 'latent_steps'))} latent steps (preset {setting(run, 'preset')})" if setting(run, "latent_steps") else f" (preset {setting(run, 'preset')})"
+        text += (
+            f" to answer after {number(setting(run, 'latent_steps'))} latent steps (preset {setting(run, 'preset')})"
+            if setting(run, "latent_steps")
+            else f" (preset {setting(run, 'preset')})"
+        )
     elif narrow:
         text += f" into a student of width {narrow:.0f} with {count(student)} ({percent(ratio(student, teacher))}), start {start_name(run)}"
     if run.method == "compress":
@@ -133,11 +107,26 @@ def worth(run: Run) -> tuple[list[str], list[list[str]]]:
     first = run.series("canary/student")
     if first:
         problems = setting(run, "canary_samples")
-        rows.append([f"canary: problems solved, of {problems}" if problems else "canary: problems solved", percent(teacher), percent(first[0][1]), percent(student)])
+        rows.append(
+            [
+                f"canary: problems solved, of {problems}" if problems else "canary: problems solved",
+                percent(teacher),
+                percent(first[0][1]),
+                percent(student),
+            ]
+        )
     elif run.method != "lori":
         rows.append(["reasoning (canary)", "–", "–", f"{NOT_MEASURED}: canary_steps=100, or red eval"])
-    for name, label in (("loss", "training loss"), ("ce", "cross entropy, nats a token"), ("kl", "KL to the teacher, nats a token"), ("tap_mse", "taps' error"),
-                        ("task", "task loss"), ("rationale", "rationale's distance"), ("anchor", "anchor's distance"), ("eval_loss", "held-out loss")):
+    for name, label in (
+        ("loss", "training loss"),
+        ("ce", "cross entropy, nats a token"),
+        ("kl", "KL to the teacher, nats a token"),
+        ("tap_mse", "taps' error"),
+        ("task", "task loss"),
+        ("rationale", "rationale's distance"),
+        ("anchor", "anchor's distance"),
+        ("eval_loss", "held-out loss"),
+    ):
         if values := run.series(name):
             rows.append([label, "–", f"{number(values[0][1])} (step {values[0][0]:.0f})", number(values[-1][1])])
     ranks = [run.ranks(which) for which in ("teacher", "start", "end")]
@@ -146,7 +135,9 @@ def worth(run: Run) -> tuple[list[str], list[list[str]]]:
             ranks[1:] = [[], ranks[1]]  # its end is its start
         if ranks[0] and (ranks[1] or ranks[2]):
             rows.append(["effective rank, mean of the layers", *(number(_mean(values)) if values else "–" for values in ranks)])
-            rows.append(["effective rank, lowest share of the teacher's", "100.0 %", *(percent(lowest_share(run, which)) for which in ("start", "end"))])
+            rows.append(
+                ["effective rank, lowest share of the teacher's", "100.0 %", *(percent(lowest_share(run, which)) for which in ("start", "end"))]
+            )
         else:
             rows.append(["effective rank", "–", "–", f"{NOT_MEASURED}: erank_steps=50, or red erank"])
     if run.method == "compress":
@@ -161,13 +152,28 @@ def judged(judgement: dict) -> tuple[list[str], list[list[str]]]:
         gap = row.get("difference") if isinstance(row, dict) else None
         if isinstance(gap, dict):
             low, high = finite_number(gap.get("low")), finite_number(gap.get("high"))
-            rows.append([str(row.get("task")), str(row.get("metric")), count(finite_number(row.get("n"))), number(finite_number(row.get("teacher"))),
-                         number(finite_number(row.get("student"))), number(finite_number(gap.get("value"))), "–" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"])
+            rows.append(
+                [
+                    str(row.get("task")),
+                    str(row.get("metric")),
+                    count(finite_number(row.get("n"))),
+                    number(finite_number(row.get("teacher"))),
+                    number(finite_number(row.get("student"))),
+                    number(finite_number(gap.get("value"))),
+                    "–" if low is None or high is None else f"{low:+.3g} to {high:+.3g}",
+                ]
+            )
     divergence = judgement.get("divergence")
-    for key, label in (("kl", "KL(teacher‖student)"), ("teacher_loss", "teacher's loss"), ("student_loss", "student's loss"), ("agreement", "same likeliest token")):
+    for key, label in (
+        ("kl", "KL(teacher‖student)"),
+        ("teacher_loss", "teacher's loss"),
+        ("student_loss", "student's loss"),
+        ("agreement", "same likeliest token"),
+    ):
         found = divergence.get(key) if isinstance(divergence, dict) else None
         if isinstance(found, dict) and finite_number(found.get("mean")) is not None:
-            rows.append(["held-out text", label, count(finite_number(divergence.get("tokens"))), "–", number(finite_number(found["mean"])), "–", "–"])
+            tokens, mean = finite_number(divergence.get("tokens")), finite_number(found["mean"])
+            rows.append(["held-out text", label, count(tokens), "–", number(mean), "–", "–"])
     return ["task", "metric", "n", "teacher", "student", "difference", "95 % interval"], rows
 
 
@@ -177,7 +183,9 @@ def forecasts(run: Run) -> tuple[list[str], list[list[str]]]:
 
     def row(label, expected, found, form, how) -> None:
         share = ratio(found, expected)
-        rows.append([label, form(expected), form(found) if found is not None else NOT_MEASURED, "–" if share is None else f"{share:.2g} ×", how or ""])
+        rows.append(
+            [label, form(expected), form(found) if found is not None else NOT_MEASURED, "–" if share is None else f"{share:.2g} ×", how or ""]
+        )
 
     start = run.get("forecast", "start")
     if run.number("measured", "start_seconds") is not None:
@@ -190,9 +198,50 @@ def forecasts(run: Run) -> tuple[list[str], list[list[str]]]:
         row("peak memory", run.number("forecast", "training", "bytes"), run.number("measured", "peak_bytes"), size, run.text("measured", "peak_of"))
     elif run.number("measured", "peak_bytes") is not None:
         host = run.number("forecast", "start", "host_bytes")
-        row("peak memory", host, run.number("measured", "peak_bytes"), size,
-            (run.text("measured", "peak_of") or "") + ("; the forecast is of the start, beside the teacher" if host else ""))
+        row(
+            "peak memory",
+            host,
+            run.number("measured", "peak_bytes"),
+            size,
+            (run.text("measured", "peak_of") or "") + ("; the forecast is of the start, beside the teacher" if host else ""),
+        )
     return ["", "forecast", "measured", "measured / forecast", "how"], rows
+
+
+def reloaded(run: Run) -> str:
+    """What the preflight of the export found."""
+    apart = run.number("export", "max_abs_logit_difference")
+    same = f"differ by {number(apart)} at most" if apart else "are the same"
+    return "" if apart is None else f"The exported checkpoint was reloaded in a fresh process; its logits {same}."
+
+
+def how_to_judge(run: Run) -> str:
+    if run.method == "lori":
+        return f"{NOT_MEASURED.capitalize()}: red.lori.evaluate asks the student."
+    return (f"{NOT_MEASURED.capitalize()}: canary_steps=100 with canary_file asks while it trains; red eval STUDENT --against TEACHER --output RUN/eval.json, "
+            "then red report RUN, judges what came out.")
+
+
+def ranked(run: Run) -> str:
+    """What the effective ranks are of."""
+    text, tokens = "Effective rank of the residual stream by layer. A stream that has collapsed makes tokens look alike.", run.number("erank",
+                                                            "tokens")
+    if not tokens:
+        return text
+    where = "held-out" if run.get("erank", "held_out") else "training"
+    return (f"{text} Of {tokens:,.0f} tokens of the {where} text; it took {duration(run.number('erank', 'seconds'))}. It grows with the number of tokens: "
+            "compare only at the same.")
+
+
+def chosen(run: Run) -> str:
+    """What the start did with the teacher's channels."""
+    kept, text = run.channels.get("kept"), f"Start {start_name(run)}. "
+    if kept is None:
+        return text + "Which channels it keeps was not recorded."
+    if run.get("channels", "selected"):
+        return text + f"It keeps {int(kept.sum())} of {len(kept)} channels and drops the others."
+    return (f"{text}It selects no channels: its stream is a mixture of all, of {kept.sum():.0f} dimensions out of {len(kept)}. Shown is the share of each "
+            "channel that lies in the span of the embedding's map.")
 
 
 def limitations(run: Run) -> list[str]:
