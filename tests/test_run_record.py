@@ -57,7 +57,6 @@ def folders(tmp_path_factory):
     rows = tokenised(40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("red.export.run_preflight", lambda *_: {})
-        patch.setattr(recording, "INTERVAL", 0.0)
         teacher.name_or_path = str(place / "the teacher")
         with pytest.raises(KeyboardInterrupt):
             red.distill(teacher, rows, tokenizer=tokenizer, callbacks=[Kill()], **settings)
@@ -192,9 +191,13 @@ def test_a_run_without_a_checkpoint_may_begin_again_and_a_strangers_file_is_kept
     with pytest.raises(REDError, match="run.json"):
         red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
     assert (tmp_path / "run" / "run.json").read_text() == '{"mine": 1}'
-    (tmp_path / "run" / "run.json").write_text('{"format": 1, "state": "running"}')
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(recording, "INTERVAL", 0.0)
+        red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, callbacks=[Kill()], **{**settings, "max_steps": STEPS})
+    assert [step for step, _ in Run.load(tmp_path / "run").series("loss")] == [1, 2, 3, 4], "written down between checkpoints, too"
     red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
-    assert Run.load(tmp_path / "run").finished
+    assert Run.load(tmp_path / "run").finished and [step for step, _ in Run.load(tmp_path / "run").series("loss")] == [1]
 
 
 def test_settings_tell_the_chosen_from_the_default(tmp_path):

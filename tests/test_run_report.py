@@ -163,7 +163,7 @@ def _everything(run: Run) -> str:
 
 def test_tables_are_right(folder):
     run = Run.load(folder())
-    assert canary(run) == (0.8, 0.7, 0.875, 0.25)
+    assert canary(run) == (0.8, 0.7, 0.875, 0.25) and [step for step, _ in run.series("canary/share")] == [0, 20, 40, 50]
     table = {row[0]: row[1:] for row in worth(run)[1]}
     assert table["canary: problems solved, of 64"] == ["80.0 %", "20.0 %", "70.0 %"]
     assert table["effective rank, lowest share of the teacher's"] == ["100.0 %", "45.0 %", "80.0 %"]

@@ -24,8 +24,10 @@ from red.licences import name_of
 from red.memory_advice import parts
 from red.planning import UTILISATION, plan
 from red.starting import from_file, start_cost
+from red.streaming import PackedStream
 
 ERANK_TOKENS = 1024  # whose states are counted
+STREAMED = 64  # rows of a stream that are looked at for that
 HASHED = 2**28  # bytes of tokens; more are not hashed, which would take seconds
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
@@ -60,6 +62,7 @@ class Ranks:
     """The effective rank of models on one batch: the first rows that hold ERANK_TOKENS tokens."""
 
     def __init__(self, rows: Iterable[dict], device: torch.device, accelerator=None, held_out: bool = False):
+        rows = rows.first(STREAMED) if isinstance(rows, PackedStream) else rows  # without its workers, and from its beginning
         self.batch, self.device, self.accelerator = first_rows(rows, ERANK_TOKENS), device, accelerator
         self.seconds, self.held_out = 0.0, held_out
 

@@ -46,19 +46,20 @@ logger = logging.get_logger(__name__)
 
 
 def quietly(method):
-    """A failure becomes a warning."""
-
+    """A failure becomes a warning, one for each method of each object: some are called at every step."""
     @functools.wraps(method)
     def attempt(self, *args, **kwargs):
-        if self.writes:
-            try:
-                return method(self, *args, **kwargs)
-            except Exception as error:  # a full disk, a model that is odd in some way: nothing of it may end a run
-                logger.warning(
-                    f"The run's record ({method.__name__.strip('_')}) could not be made: {type(error).__name__}: {error}. "
-                    "The run itself is not touched by this."
-                )
-        return None
+        if not self.writes:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # a full disk, a model that is odd in some way: nothing of it may end a run
+            said = self.__dict__.setdefault("_said", set())
+            if method.__name__ not in said:
+                logger.warning(f"The run's record ({method.__name__.strip('_')}) could not be made: {type(error).__name__}: {error}. "
+                               "The run itself is not touched by this.")
+            said.add(method.__name__)
+            return None
 
     return attempt
 
@@ -104,13 +105,8 @@ class Record:
             except (OSError, ValueError, RecursionError):  # a run of an earlier red
                 earlier = {}
         self.facts |= {name: earlier[name] for name in KEPT if name in earlier} if isinstance(earlier, dict) else {}
-        self.facts |= {
-            "settings": settings_of(self.config),
-            "versions": {"red": red.__version__, **provenance.versions()},
-            "commit": provenance.commit(),
-            "device": provenance.device(self.config.device.type),
-            "processes": self.config.world_size,
-        }
+        self.facts |= {"settings": settings_of(self.config), "versions": {"red": red.__version__, **provenance.versions()},
+                       "commit": provenance.commit(), "device": provenance.device(self.config.device.type), "processes": self.config.world_size}
         for name in ("measured", "forecast"):
             self.facts.setdefault(name, {})
         self.facts.setdefault("sessions", [])
@@ -179,10 +175,8 @@ class Record:
         peak = measuring.peak_memory(self.config.device)
         if peak["bytes"] is not None:
             before = self.before["bytes"] if self.before and self.config.device.type != "cuda" else 0
-            self.facts["measured"] |= {
-                "peak_bytes": max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0),
-                "peak_of": peak["of"],
-            }
+            highest = max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0)
+            self.facts["measured"] |= {"peak_bytes": highest, "peak_of": peak["of"]}
         provenance.write_json(self.folder / RUN_FILE, self.facts)
         self._written = time.monotonic()
 
@@ -204,11 +198,8 @@ class Record:
             before = self.ranks.seconds
             self.facts["erank"]["end"] = self.ranks.of(student)
             self.facts["erank"]["seconds"] += self.ranks.seconds - before
-        facts = (
-            {}
-            if exported is None or isinstance(exported, (str, Path))
-            else {name: getattr(exported, name) for name in ("model_type", "dtype", "tied", "parameters", "bytes", "max_abs_logit_difference")}
-        )
+        names = ("model_type", "dtype", "tied", "parameters", "bytes", "max_abs_logit_difference")
+        facts = {name: getattr(exported, name) for name in names if hasattr(exported, name)}  # of an ExportReport; a path has none
         self.facts |= {"state": "finished", "metrics": metrics, "export": facts}
 
     @quietly
@@ -249,8 +240,12 @@ class Follow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.counts:
             self.tokens = self.tokens + self.trainer._counts.tokens * args.world_size
-            if control.should_save and args.include_num_input_tokens_seen in (False, "no"):
-                state.num_input_tokens_seen = round(float(self.tokens))  # the checkpoint keeps it
+            if control.should_save or control.should_evaluate:  # a checkpoint may be written before the next step
+                self._keep_tokens(args, state)
+
+    @quietly
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._keep_tokens(args, state)
 
     @quietly
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -268,6 +263,10 @@ class Follow(TrainerCallback):
     @quietly
     def on_train_end(self, args, state, control, **kwargs):
         self._write(state)
+
+    def _keep_tokens(self, args, state) -> None:
+        if self.counts and args.include_num_input_tokens_seen in (False, "no"):  # else Trainer counts them itself
+            state.num_input_tokens_seen = round(float(self.tokens))  # which the checkpoint keeps
 
     def _write(self, state) -> None:
         self.session |= {"to_step": state.global_step, "seconds": time.perf_counter() - self.began, "tokens": self.counted - self.first}
