@@ -45,6 +45,7 @@ mark { background: var(--badbg); color: var(--bad); border-radius: 3px; padding:
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
 details summary { cursor: pointer; font-weight: 600; font-size: 20px; }
 details summary.minor { font-size: 15px; margin-top: 14px; }
+thead th:first-child { text-align: left; padding-left: 0; }
 .fit tbody th, .words tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
 .words th { text-align: left; }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
@@ -104,7 +105,7 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def facts_table(facts: Mapping[str, object]) -> str:
     """A name and a value a line."""
     lines = "\n".join(f"<tr><th>{escape(str(name))}</th><td>{escape(plain(value))}</td></tr>" for name, value in facts.items())
-    return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
+    return f'<table><tbody>\n{lines}\n</tbody></table>'
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
