@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 # set by the machine or by transformers itself, whatever the user says
-AUTOMATIC = ("accelerator_config", "dataloader_pin_memory", "ddp_find_unused_parameters")
+AUTOMATIC = ("accelerator_config", "disable_tqdm", "dataloader_pin_memory", "ddp_find_unused_parameters")
 NONE = (None, "", "none", [], {})
 
 
