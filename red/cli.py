@@ -16,6 +16,7 @@ from red.files import HALF_LAYERS, START_FILE, nearest, require_existing
 from red.judge.command import evaluate
 from red.lori import command as lori
 from red.overview import Overview
+from red.report.command import command as report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -251,6 +252,7 @@ def export(checkpoint, **given) -> None:
 
 
 red.add_command(lori.lori)
+red.add_command(report)
 
 if __name__ == "__main__":
     sys.exit(main())

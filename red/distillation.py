@@ -15,6 +15,7 @@ from red.errors import REDError
 from red.families import teacher_config
 from red.files import STARTS, require_empty_output, require_existing
 from red.prepare import check_shape, load_teacher, require_packing
+from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.streaming import require_max_steps
 from red.trainer import REDTrainer
@@ -65,15 +66,18 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
     teacher, path = check_run(teacher, train_data, config, resume)
     train_data = training_source(train_data, config)
+    record = Record(config, "red", resumed=bool(resume))
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
                          calibration=calibration, callbacks=callbacks)
+    record.training(trainer, train_data)
     metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    trainer.export(path)
+    report = trainer.export(path)
+    record.finish(trainer.student, metrics, report)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
 
@@ -97,7 +101,7 @@ def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: 
     check_shape(shape, config)
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING))  # an interrupted fit goes on, and a first save that was cut short is nothing
+        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING, *leftovers(config.output_dir)))  # an interrupted fit goes on, and a first save that was cut short is nothing
     elif resume is True and not checkpoints(config.output_dir):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:

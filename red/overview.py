@@ -28,7 +28,8 @@ A run is a YAML file of `field: value` lines (configs/distill.yaml explains ever
   red distill --config run.yaml                   # again with --resume where it was interrupted
   red eval    run/student --against path/to/teacher --data held_out.txt
 
-Files: everything goes into output_dir: checkpoint-N (to resume from), start.safetensors (a fitted start), student (the result), what trackers log.
+Files: everything goes into output_dir: checkpoint-N (to resume from), start.safetensors (a fitted start), student (the result),
+report.html (how it went), what trackers log.
 Nothing is overwritten: a folder that is not empty is refused. Tokens of texts above 16 MiB are kept beside the Hugging Face cache (token_cache_dir).
 
 Exit codes: 0 done · 1 red doctor found something red · 2 bad input, with one message that says what to do · 130 after Ctrl-C · 143 after SIGTERM
