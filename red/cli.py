@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"red: {error}", file=sys.stderr)
         return 2
     except Terminated as stop:
-        return stop.code  # the trainer said what it saved
+        return stop.code  # the trainer said what it saved  # pyrefly: ignore[bad-return]
     except KeyboardInterrupt:
         print(f"\nred: interrupted. {_kept(options)}", file=sys.stderr)
         return 130

@@ -48,7 +48,9 @@ def requested_sharding(fsdp, fsdp_config: str | dict | None) -> Sharding | None:
     if unknown:
         raise REDError(f"fsdp={fsdp!r}: red knows {', '.join(WORDS)} (FSDP2; nothing is kept on the host, no replicas of shards). Give one of these.")
     options = {name: os.environ[f"FSDP_{name.upper()}"] for name in OPTIONS if launched and f"FSDP_{name.upper()}" in os.environ}
-    options |= {"reshard_after_forward": WORDS[word] for word in words if WORDS[word] is not None}
+    for word in words:
+        if WORDS[word] is not None:
+            options["reshard_after_forward"] = WORDS[word]
     options |= {name.removeprefix("fsdp_"): value for name, value in _read(fsdp_config).items()}
     for name in options.keys() - set(OPTIONS):
         raise REDError(f"fsdp_config has {name!r}, which red does not know; it reads {', '.join(OPTIONS[:2])}. Leave it out.")

@@ -69,7 +69,7 @@ def _cards(results: dict) -> str:
 def _table(results: dict, details: dict) -> str:
     heading, rows = summary.table_rows(results, details)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-    body = "\n".join("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row)) + "</tr>"
+    body = "\n".join("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row, strict=False)) + "</tr>"
                      for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from red_kernels import backend  # noqa: E402
-from red_kernels.triton import launch  # noqa: E402
+from red_kernels import backend
+from red_kernels.triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_BYTES = {80: 166912, 90: 232448}
