@@ -1,5 +1,6 @@
 # make demo    the embedded example, end to end; report in runs/demo/report.html
 # make test    all tests
+# make docs    the documentation's site, in build/docs
 # make bench   the benchmarks of the ops
 # make clean   removes the virtual environment and build outputs; never runs/
 #
@@ -27,7 +28,7 @@ if ! "$$found" -c 'import venv, ensurepip' >/dev/null 2>&1; then \
 fi
 endef
 
-.PHONY: demo test bench setup clean
+.PHONY: demo test docs bench setup clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,11 @@ demo: $(STAMP)
 # compiled take longest and come first.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# -n: every cross-reference must be found. Nothing is fetched.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest benchmarks --benchmark-only
