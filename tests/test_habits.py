@@ -57,6 +57,12 @@ def test_a_commit_runs_what_make_check_runs():
     assert [hook["entry"].replace(" --force-exclude", "") for hook in hooks] == [line.strip().removesuffix(" .") for line in recipe.splitlines()]
 
 
+def test_the_citation_is_of_this_version():
+    yaml, red = pytest.importorskip("yaml"), pytest.importorskip("red")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["cff-version"], cited["version"], cited["license"]) == ("1.2.0", red.__version__, "Apache-2.0")
+
+
 # ---- environment ----
 
 
