@@ -77,9 +77,12 @@ def _read(fsdp_config: str | dict | None) -> dict:
     if not isinstance(fsdp_config, str):
         return dict(fsdp_config or {})
     try:
-        return json.loads(fsdp_config if fsdp_config.lstrip().startswith("{") else Path(fsdp_config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise REDError(f"fsdp_config={fsdp_config!r} cannot be read: {error}. Give a JSON file.") from error
+        found = json.loads(fsdp_config if fsdp_config.lstrip().startswith("{") else Path(fsdp_config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise REDError(f"fsdp_config={fsdp_config[:200]!r} cannot be read: {error}. Give a JSON file.") from error
+    if not isinstance(found, dict):
+        raise REDError(f"fsdp_config={fsdp_config[:200]!r} holds a {type(found).__name__}, not an object. Give a JSON file with names and values.")
+    return found
 
 
 def _true(value) -> bool:

@@ -149,7 +149,10 @@ class PackedStream(IterableDataset):
             if (then := state["facts"].get(name)) != now:
                 raise REDError(f"The run was reading another stream: {name} was {then!r} and is {now!r}. Resume with the same text and settings, "
                                "or begin a new run.")
-        self.layouts = [[tuple(place) for place in layout] for layout in state["layouts"]]
+        layouts = [[tuple(place) for place in layout] for layout in state["layouts"]]
+        if not all(layout and all(len(place) == 3 and all(type(number) is int and number >= 0 for number in place) for place in layout) for layout in layouts):
+            raise ValueError("layouts must be lists of [pass, block, piece], one for each process")
+        self.layouts = layouts
         self.state = state["source"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(path for folder in ("red", "red_kernels", "csrc", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))), ROOT / "setup.py"]
+SOURCES = [*(path for folder in ("red", "red_kernels", "csrc", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))), ROOT / "setup.py", ROOT / "tests/tiny_fuzz.py"]
 LOCK = dict(line.split(";")[0].split("==") for line in (ROOT / "requirements.txt").read_text().splitlines()
             if line and not line.startswith("#") and 'python_version < "3.11"' not in line)
 
