@@ -192,7 +192,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint=None, **kwargs):  # pyrefly: ignore[bad-override] - of Trainer's, not of nn.Module's
         """Trainer's. `resume_from_checkpoint=True` takes the last checkpoint of output_dir that is whole, a path that one.
 
         Raises:
