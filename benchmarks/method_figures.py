@@ -1,7 +1,7 @@
 """The pictures of docs/method.md: `python -m benchmarks.method_figures`, half a minute on one core of an idle CPU.
 
 collapse    the linear auto-encoder of `benchmarks.study.autoencoder` on the embedded teacher's states at half its width: energy lost and eRank, step by step
-channels    the mean activation of every channel, sorted, of the embedded teacher and of the one with massive activations: what a selection chooses from
+channels    the mean activation of every channel, sorted, of the same teacher: what a selection of half of them keeps
 """
 
 from __future__ import annotations
@@ -46,30 +46,27 @@ def collapse(steps=STEPS, tokens: int = 4169):
             for axes in (lost, rank):
                 axes.set_ylim(bottom=0)
                 axes.set_xlabel("steps of Adam")
-            rank.legend(frameon=False, fontsize=8, labelcolor=ROLES["muted"], loc="lower right")
+            lost.legend(*rank.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor=ROLES["muted"], loc="upper right")
             return figure
 
     return draw
 
 
 def channels(rows: int = 64):
-    scores = {}
-    for name, title in (("chains", "the embedded teacher"), ("massive", "with massive activations")):
-        tokenizer = AutoTokenizer.from_pretrained(teacher_path(name))
-        texts = [document.text for document in islice(documents(0), 40 * rows)]
-        scores[title] = red.calibrate(red.load_teacher(teacher_path(name), "float32"), texts, tokenizer, samples=rows, max_length=112).scores.double().sort(descending=True).values
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path())
+    texts = [document.text for document in islice(documents(0), 40 * rows)]
+    scores = red.calibrate(red.load_teacher(teacher_path(), "float32"), texts, tokenizer, samples=rows, max_length=112).scores.double().sort(descending=True).values
+    half = len(scores) // 2
 
     def draw():
         with plt.rc_context(STYLE):
-            figure, panels = plt.subplots(1, 2, figsize=(9.6, 2.7))
-            for axes, (title, values) in zip(panels, scores.items()):
-                half = len(values) // 2
-                for first, last, role in ((0, half, "start0"), (half - 1, len(values), "muted")):
-                    axes.plot(range(first, last), values[first:last], color=ROLES[role], linewidth=2.6)
-                axes.set_title(title)
-                axes.set_xlabel("channels, the most active first; red: kept at half the width")
-                axes.set_yscale("log")
-            panels[0].set_ylabel("RED's score")
+            figure, axes = plt.subplots(figsize=(7.2, 2.7))
+            axes.fill_between(range(half), scores[:half], step="mid", color=ROLES["start0"], linewidth=0, label="kept")
+            axes.fill_between(range(half - 1, len(scores)), scores[half - 1:], step="mid", color=ROLES["grid"], linewidth=0, label="dropped")
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("channels, the most active first")
+            axes.set_title("RED's score of every channel")
+            axes.legend(frameon=False, labelcolor=ROLES["muted"])
             return figure
 
     return draw
@@ -81,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = parser.parse_args(arguments).out
     torch.set_num_threads(1)
     write(folder / "collapse.svg", collapse(), "Energy lost and effective rank of a linear auto-encoder of the teacher's states, by start, over steps of Adam")
-    write(folder / "channels.svg", channels(), "Mean activation of every channel of two teachers, sorted, with the half that is kept")
+    write(folder / "channels.svg", channels(), "Mean activation of every channel of the embedded teacher, sorted, with the half that is kept")
 
 
 if __name__ == "__main__":

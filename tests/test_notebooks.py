@@ -38,7 +38,7 @@ def test_collapse_is_what_the_notebook_shows():
     found = run("collapse_explained", '{"lowest": lowest, "teacher": float(erank(x)), "final": final, "solved": solved}')
     assert found["lowest"]["random (LRC)"] < 0.25 * found["lowest"]["selection (RED)"] < 0.25 * found["teacher"]
     assert found["final"]["random"] < 0.25 < found["final"]["activation"] < found["final"]["fitted"], "red's alarm sounds for the random start alone"
-    assert found["solved"]["random"] == 0 and found["solved"]["fitted"] > 0.95
+    assert found["solved"]["random"] == 0 and found["solved"]["fitted"] > 0.8
 
 
 @needs_kernel

@@ -54,7 +54,7 @@ def test_the_tutorial_works(tmp_path, monkeypatch, capfd):
     assert follow(short=True) == ["doctor", "plan", "distill", "eval", "erank", "export"]
     said = capfd.readouterr().out
     assert "none red" in said and "canary/share" in said and "erank/share" in said and "KL(teacher‖student)" in said and "layer 4" in said
-    assert "reloaded: largest difference of logits" in said and "? k : " in said, "the student answers in transformers' pipeline"
+    assert "reloaded: largest difference of logits" in said and "? k :" in said, "the student answers in transformers' pipeline"
     assert json.loads((tmp_path / "run/student/config.json").read_text())["hidden_size"] == 32
     for name in ("run/student/README.md", "run/student/model.safetensors", "student-bf16/model.safetensors", "erank.svg"):
         assert (tmp_path / name).stat().st_size > 0, name
