@@ -44,7 +44,7 @@ def test_collapse_is_what_the_notebook_shows():
 @needs_kernel
 def test_a_student_of_your_own():
     found = run("distil_your_own", '{"untrained": untrained, "trained": trained, "width": result.student.config.hidden_size, "kl": found.divergence["kl"]["mean"]}')
-    assert found["width"] == 32 and found["trained"] > found["untrained"] + 0.1 and 0 < found["kl"] < 0.2
+    assert found["width"] == 48 and 0.7 < found["untrained"] <= found["trained"] + 0.05 and found["trained"] > 0.9 and 0 < found["kl"] < 0.1
 
 
 @pytest.mark.parametrize("name", ["collapse_explained", "distil_your_own"])
