@@ -1,4 +1,4 @@
-"""The pictures of docs/method.md: `python -m benchmarks.method_figures`, half a minute on one core of an idle CPU.
+"""The pictures of docs/method.md: `python -m benchmarks.method_figures`, about a minute on one core.
 
 collapse    the linear auto-encoder of `benchmarks.study.autoencoder` on the embedded teacher's states at half its width: energy lost and eRank, step by step
 channels    the mean activation of every channel, sorted, of the same teacher: what a selection of half of them keeps
