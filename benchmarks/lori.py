@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import red
-from red.demo import record
 from red.files import atomic_write_json
 from red.lori.demo.experiment import METHODS, MethodRun, run_method, teacher_path
 from red.lori.demo.main import learning_rates, low_rank, summary, table
 from red.lori.demo.problems import ANSWER_PREFIX, problems
 from red.lori.files import Facts, load, save
 from red.lori.model import LatentModel
+from red.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 RATES = Path(red.__file__).parent / "lori" / "demo" / "learning_rates.json"
@@ -41,7 +41,7 @@ def kept(run: MethodRun, results: Path) -> dict:
     for text in path.read_text().splitlines() if path.is_file() else ():
         if (found := json.loads(text))["settings"] == settings:
             return found
-    found = record.finite({**run_method(run, trajectories=CACHE), "commit": record.commit()})
+    found = provenance.finite({**run_method(run, trajectories=CACHE), "commit": provenance.commit()})
     with path.open("a") as file:
         file.write(json.dumps(found) + "\n")
     print(f"{run.method:<22} lr {run.learning_rate:g} seed {run.seed}: validation {found['validation_accuracy']:.3f}, test {found['accuracy']:.3f} "
@@ -101,7 +101,7 @@ def corners(results: Path = RESULTS, steps: int = 600, latent_steps: int = 2000,
 def _write(results: Path, part: dict) -> None:
     path = results / "lori.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    record.write_json(path, {**before, **part, "versions": record.versions(), "commit": record.commit(), "device": f"{record.device('cpu')}, 1 thread"})
+    provenance.write_json(path, {**before, **part, "versions": provenance.versions(), "commit": provenance.commit(), "device": f"{provenance.device('cpu')}, 1 thread"})
 
 
 if __name__ == "__main__":

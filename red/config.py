@@ -110,7 +110,7 @@ class REDConfig(TrainingArguments):
         if self.checkpointing == "none" and self.gradient_checkpointing:
             self.checkpointing = "full"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
-            kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            kwargs = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name; older transformers lack one
                 if hasattr(self, name):
                     setattr(self, name, kwargs)
@@ -150,6 +150,7 @@ class REDConfig(TrainingArguments):
         require(self.canary_samples >= 1, "canary_samples", "must be at least 1")
         require(not (self.canary_steps and self.canary_file is None), "canary_steps", "needs canary_file: a .jsonl of {question, answer}, or embedded")
         require(not (self.sharding and self.canary_steps), "canary_steps", "one rank cannot run a sharded model; set canary_steps=0, or leave fsdp out")
+        require(not (self.train_file and self.dataset_name), "dataset_name", "train_file is given too; drop one of them")
         require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1, which ends the run at the first such step")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         for name in ("calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -161,7 +162,7 @@ class REDConfig(TrainingArguments):
         require(self.start_fit in (None, "none", "readers", "full"), "start_fit", "use none, readers or full")
         for name in ("fit_reader_ridge", "fit_writer_ridge"):
             require(getattr(self, name) > 0, name, "must be above 0; 1e-4 is usual")
-        require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
+        require(not (self.gradient_checkpointing and dict(self.gradient_checkpointing_kwargs)["use_reentrant"]), "gradient_checkpointing_kwargs",
                 "the taps need use_reentrant=False")
         require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; it would drop the token mask of the packed rows")
         require(self.label_smoothing_factor == 0, "label_smoothing_factor", "must be 0; the teacher's distribution is the smoothing here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,10 +13,16 @@ from red.checkpoint_folders import SAVING, checkpoints
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
+from red.families import teacher_config
 from red.files import STARTS, require_empty_output, require_existing
-from red.prepare import load_teacher
+from red.prepare import check_shape, load_teacher, require_packing
+from red.report.recording import Record, leftovers
 from red.settings import build_config
+from red.streaming import require_max_steps
 from red.trainer import REDTrainer
+
+if TYPE_CHECKING:
+    from red.lori.distillation import LoRiResult
 
 
 @dataclass
@@ -30,7 +37,7 @@ class DistillResult:
 
 def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
             eval_data=None, calibration: Calibration | str | Path | None = None, config: REDConfig | None = None, callbacks=None,
-            resume: bool | str | Path = False, method: str = "red", **settings) -> DistillResult:
+            resume: bool | str | Path = False, method: str = "red", **settings) -> DistillResult | LoRiResult:
     """Distil `teacher` into a student of width `hidden_size` and export it to `output_dir/student`.
 
     Args:
@@ -41,7 +48,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         calibration: a Calibration or its file; None calibrates on the first training rows.
         config: a REDConfig; or give its fields as keyword `settings`, never both.
         resume: True goes on from the last checkpoint in `output_dir` that is whole; a path from that checkpoint.
-        method: "red", or "lori": latent reasoning, see `red.lori.distill`, which takes the same arguments but the calibration.
+        method: "red", or "lori": latent reasoning, see `red.lori.distill`, which takes the same arguments but the calibration, and returns its own result.
 
     Raises:
         REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `REDTrainer.train`.
@@ -61,31 +68,51 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     config = config or build_config(settings)
     if not isinstance(config, REDConfig):
         raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
-    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    teacher, path = check_run(teacher, train_data, config, resume)
     train_data = training_source(train_data, config)
-    if teacher is None or train_data is None:
+    record = Record(config, "red", resumed=bool(resume))
+    teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
+    if isinstance(calibration, (str, Path)):
+        calibration = Calibration.load(calibration)
+    trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
+                         calibration=calibration, callbacks=callbacks)
+    record.training(trainer, train_data)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+    report = trainer.export(path)
+    record.finish(trainer.student, metrics, report)
+    trainer.accelerator.wait_for_everyone()
+    return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: REDConfig, resume: bool | str | Path = False) -> tuple:
+    """(teacher, folder of the student) of a run, once nothing speaks against it that can be known before a weight is read.
+
+    Raises:
+        REDError: no teacher or no text; a family, width or start that cannot be; settings that contradict each other; output that is in the way.
+    """
+    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    if teacher is None or (train_data is None and not (config.train_file or config.dataset_name)):
         raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
                        "(or train_file, or dataset_name).")
+    if config.resume_from_checkpoint is not None:
+        raise REDError(f"resume_from_checkpoint={config.resume_from_checkpoint!r} is read by Trainer scripts alone. Give resume, or red distill --resume.")
+    if config.streaming:
+        require_packing(config)
+        require_max_steps(config.max_steps)
+    shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
+    check_shape(shape, config)
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING))  # an interrupted fit goes on, and a first save that was cut short is nothing
+        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING, *leftovers(config.output_dir)))  # an interrupted fit goes on, and a first save that was cut short is nothing
     elif resume is True and not checkpoints(config.output_dir):
         raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
         if resume is not True:
             require_existing(resume, "The checkpoint")
-    teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
-    if isinstance(calibration, (str, Path)):
-        calibration = Calibration.load(calibration)
-    trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
-                         calibration=calibration, callbacks=callbacks)
-    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
-    if eval_data is not None:
-        metrics |= trainer.evaluate()
-    trainer.export(path)
-    trainer.accelerator.wait_for_everyone()
-    return DistillResult(trainer.student, path, metrics, trainer)
+    return teacher, path
 
 
 def training_source(given, config: REDConfig):
@@ -120,7 +147,7 @@ def _checked_tokenizer(given: PreTrainedTokenizerBase | None, teacher: str | Pat
 
 def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)  # pyrefly: ignore[bad-return] - it raises rather than return None
     except Exception as error:  # tokenizers raises bare ones
         raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
 

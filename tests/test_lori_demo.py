@@ -26,7 +26,7 @@ def test_the_problems_are_right():
     for place, row in enumerate(rows):
         table, _, ask = row.question.partition(" , ")
         numbers, (start, hops, _) = [int(word) for word in table.split()], ask.split()
-        follows = dict(zip(numbers[::2], numbers[1::2]))
+        follows = dict(zip(numbers[::2], numbers[1::2], strict=False))
         assert sorted(follows) == sorted(follows.values()) == list(range(NUMBERS)) and len(row.steps) == int(hops) == HOPS[place % len(HOPS)]
         here = int(start)
         for step in row.steps:
@@ -109,7 +109,6 @@ def test_the_command(folder, capsys):
 
 
 def test_the_commands_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["lori", "-h"])
+    assert main(["lori", "-h"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("--rationale_weight", "α:", "--preset", "red lori --config run.yaml --resume"))

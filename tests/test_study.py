@@ -1,5 +1,6 @@
 """The study of starts: its rules, its finished runs, its partial results, its command."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from benchmarks.study.assembled import assembled, shipped, spread
 from benchmarks.study.lines import Lines, write_result
 from benchmarks.study.teachers import Teacher
 from benchmarks.study.trained import Study, merit, ranked
-from red.demo import known, record
+from red.demo import known
+from red.report import provenance
 from red.demo.experiment import StudentRun, run_student
 from red.demo.study_plot import write_untrained_figure, write_widths_figure
 from tiny_example import save_tiny_teacher
@@ -142,7 +144,7 @@ def test_lines_survive_a_cut_and_are_strict_json(tmp_path):
     with open(lines.file, "a") as file:
         file.write('{"key": "cut sho')  # as a power cut leaves it
     again = Lines(lines.file)
-    assert again.get("a") == {"x": None, "y": 0.3333333} and again.get("b") is None and again.commits == {record.commit()}
+    assert again.get("a") == {"x": None, "y": 0.3333333} and again.get("b") is None and again.commits == {provenance.commit()}
     again.add("b", {"z": [1.0]})
     assert set(Lines(lines.file).done) == {"a", "b"}
     write_result(tmp_path / "r.json", {"long": list(range(100)), "short": {"mean": 1 / 3, "per_seed": [1, None]}, "none": []})
@@ -215,18 +217,27 @@ def test_pictures_of_widths_and_of_untrained_students(study, tmp_path):
 
 # ---- the command ----
 
+MEASURED: dict[str, dict] = {}
+
+
+def once(name: str, run, settings: dict) -> dict:
+    """What a run gives, trained once for both tests of the command: a job's name says all that decides it."""
+    if name not in MEASURED:
+        MEASURED[name] = run_student(run, **settings)
+    return copy.deepcopy(MEASURED[name])
+
 
 def test_study_goes_on_where_it_was_interrupted(teacher, tmp_path, monkeypatch, capsys):
     done = []
 
     def in_this_process(next_job, *, on_result, **_):
         while (job := next_job()) is not None:
-            name, run, settings = job
+            name, *_ = job
             if len(done) == 3 and not interrupted:
                 interrupted.append(True)
                 raise KeyboardInterrupt
             done.append(name)
-            on_result(name, run_student(run, **settings))
+            on_result(name, once(*job))
         return {}
 
     monkeypatch.setattr(schedule, "run_queue", in_this_process)
@@ -247,7 +258,7 @@ def test_study_goes_on_where_it_was_interrupted(teacher, tmp_path, monkeypatch, 
     found = json.loads((out / "starts_tiny_16.json").read_text())
     assert set(found["rows"]) == {"activation", "random", "pca"}
     assert all(list(row["horizons"]) == ["2", "4"] for row in found["rows"].values())  # nobody got there: the longer horizon too
-    assert found["rows"]["random"]["tokens_to_90"]["mean"] is None and found["commit"] == [record.commit()]
+    assert found["rows"]["random"]["tokens_to_90"]["mean"] is None and found["commit"] == [provenance.commit()]
     entry = found["rows"]["pca"]["horizons"]["4"]["seeds"]["0"]["history"][-1]
     assert {"kl_easy", "kl_reasoning", "erank"} <= set(entry) and entry["kl_reasoning"] > 0
     rates = json.loads((out / "learning_rates.json").read_text())
@@ -264,7 +275,7 @@ def test_a_failing_run_ends_neither_the_others_nor_the_tables(teacher, tmp_path,
             if "pca" in job[0]:
                 failures[job[0]] = "Traceback: no pca today"
             else:
-                on_result(job[0], run_student(job[1], **job[2]))
+                on_result(job[0], once(*job))
         return failures
 
     monkeypatch.setattr(schedule, "run_queue", half)

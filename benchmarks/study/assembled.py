@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 
 from red import starts
-from red.demo import record
+from red.report import provenance
 
 from benchmarks.study.rows import EVERY, ROWS, measured_at
 from benchmarks.study.trained import LONGER, RULE, Study, merit, ranked
@@ -50,7 +51,7 @@ def assembled(study: Study, seeds: Sequence[int]) -> dict:
     return {"teacher_name": study.teacher.name, "teacher_width": study.teacher.width, "width": study.width, "rows": rows, "sweep": swept, "missing": missing,
             "rates_rule": f"{RULE}; {LONGER}", "grid": list(study.grid), "teacher": study.teacher_scores, "seeds": list(seeds),
             "settings": {**dataclasses.asdict(first), "measured_every": EVERY, "measured_at": measured_at(study.horizons[0]), "teacher": study.teacher.key},
-            "versions": record.versions(), "commit": sorted(study.lines.commits), "put_together_at": record.commit(), "device": record.device("cpu")}
+            "versions": provenance.versions(), "commit": sorted(study.lines.commits), "put_together_at": provenance.commit(), "device": provenance.device("cpu")}
 
 
 def spread(values: Sequence[float | None]) -> dict:
@@ -88,9 +89,9 @@ def _tokens(study: Study, row: str, place: int, found: dict[int, dict]) -> dict:
         calibration.append(study.calibration_tokens(study.run(row, rate, seed, steps), result))
     histories = [[entry["tokens"] for entry in result["history"]] for result in found.values()]
     return {**spread(trained), "resolution": resolution, "steps": steps, "budget": histories[0][-1], "learning_rate": rate,
-            "spacing": max(later - earlier for tokens in histories for earlier, later in zip(tokens, tokens[1:])),
+            "spacing": max(later - earlier for tokens in histories for earlier, later in itertools.pairwise(tokens)),
             "calibration_tokens": statistics.mean(calibration),
-            "with_calibration": spread([None if tokens is None else tokens + before for tokens, before in zip(trained, calibration)])}
+            "with_calibration": spread([None if tokens is None else tokens + before for tokens, before in zip(trained, calibration, strict=True)])}
 
 
 def shipped(found: dict) -> dict:

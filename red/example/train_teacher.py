@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from red.demo.record import commit, device
+from red.report.provenance import commit, device
 from red.evaluate import exact_match, text_quality
 from red.example.corpus import documents, easy_documents, easy_perplexity_limit, problems, tokenized
 from red.example.tokenizer import build_tokenizer
@@ -76,7 +76,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword] - of every configuration
     )
     model = LlamaForCausalLM(config).float()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from red.lori.data import encode_rows, load_rows
 from red.lori.model import LatentModel, add_special_tokens, special_ids
 from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, collect
+from red.report.recording import Record, leftovers
 from red.settings import build_config
 
 TRAJECTORIES = "trajectories"  # in output_dir
@@ -57,7 +58,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     """
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the LoRiConfig.")
-    config = config or build_config(settings, LoRiConfig)
+    config = config or build_config(settings, LoRiConfig)  # pyrefly: ignore[bad-assignment] - of the class that is asked for
     if not isinstance(config, LoRiConfig):
         raise REDError(f"config is a {type(config).__name__}; method='lori' takes a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
@@ -67,14 +68,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
                        "and train_data (or train_file, or dataset_name).")
     path = Path(config.output_dir) / "student"
     if not resume:
-        require_empty_output(config.output_dir, ignoring=(TRAJECTORIES,))
+        require_empty_output(config.output_dir, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
     else:
         resume = _checkpoint(config.output_dir, resume)
         require_empty_output(path, what="The exported student", remedy="This run is finished.")
     columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
     rows = load_rows(source, **columns)
     held_out = None if eval_data is None else load_rows(eval_data, **columns)
+    record = Record(config, "lori", resumed=bool(resume))
     teacher, tokenizer = _teacher(teacher, tokenizer, config)
+    record.teacher(teacher)
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
@@ -90,11 +93,13 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     model.model = with_adapters(model.model, config)
     trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
                           trajectories=trajectories, pad=pad_id(tokenizer), bot=bot, eot=eot, callbacks=callbacks)
+    record.latent(trainer, source)
     metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
     if held_out is not None:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
         trainer.export(path)
+        record.finish(metrics=metrics, exported=path)
     trainer.accelerator.wait_for_everyone()
     return LoRiResult(model, path, metrics, trainer)
 
