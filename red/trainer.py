@@ -59,7 +59,8 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
         calibration: channel statistics; None takes them on the first training rows.
         projections: ready ones, of a student and start of your own; None starts them as `args` says.
-        Others as in transformers' Trainer.
+
+    The other arguments are those of transformers' Trainer.
 
     Raises:
         REDError: bad input, before any training.

@@ -68,7 +68,8 @@ class LoRiTrainer(Trainer):
         processing_class: the tokenizer, which knows the special tokens (`red.lori.model.add_special_tokens`).
         trajectories: the teacher's, of exactly the training rows; needed where the objective aligns with the offline teacher.
         pad, bot, eot: token ids.
-        Others as in transformers' Trainer.
+
+    The other arguments are those of transformers' Trainer.
 
     Raises:
         REDError: trajectories that are missing or not of these rows.
