@@ -152,7 +152,8 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
 
 def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
     """The trajectories, computed by the first process and read by all."""
-    settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers)
+    layers = config.layers_of("rationale_layers", teacher.config.num_hidden_layers + 1)
+    settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers, tuple(layers))
     folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
     bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
     with config.main_process_first(local=False, desc="teacher trajectories"):

@@ -91,7 +91,7 @@ class LoRiTrainer(Trainer):
                          eval_dataset=None if eval_dataset is None else range(len(eval_dataset)), processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # the losses below divide by global counts
         self.latent_model = model
-        self.anchor_layers = args.layers_of_anchor(model.config.num_hidden_layers + 1)
+        self.anchor_layers = args.layers_of("anchor_layers", model.config.num_hidden_layers + 1)
         if self.trajectories is not None:
             self.subspace, self.anchor_std = trajectories.subspace.to(args.device), trajectories.anchor_std.to(args.device)[self.anchor_layers]
         self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0  # sums since the last log, and the steps they are of

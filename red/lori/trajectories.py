@@ -52,6 +52,7 @@ class SubspaceSettings:
     rank_layers: int | None = None
     rank_channels: int | None = None
     normalize_layers: bool = True
+    chosen: tuple[int, ...] | None = None
 
 
 def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0, bot: int | None = None,
