@@ -19,7 +19,7 @@ COMMIT = record.commit()  # now: the file of runs, which is tracked, is going to
 
 def kept(run: MethodRun, results: Path = RESULTS) -> dict:
     """The run's outcome: as it was kept, or made now and kept."""
-    found = _known(run, results)
+    found = known(run, results)
     if found is None:
         own = "-".join(f"{name}={run.switches[name]}" for name in SUBSPACE if name in run.switches)
         found = record.finite({**run_method(run, trajectories=CACHE / own if own else CACHE), "commit": COMMIT})
@@ -43,7 +43,8 @@ def write(results: Path, part: dict) -> None:
     record.write_json(path, {**before, **part, "versions": record.versions(), "commit": COMMIT, "device": f"{record.device('cpu')}, 1 thread"})
 
 
-def _known(run: MethodRun, results: Path) -> dict | None:
+def known(run: MethodRun, results: Path = RESULTS) -> dict | None:
+    """The run's outcome, if it was kept."""
     path, settings = results / RUNS, asdict(run)
     found = (json.loads(text) for text in path.read_text().splitlines()) if path.is_file() else ()
     return next((one for one in found if {"switches": {}, **one["settings"]} == settings), None)
