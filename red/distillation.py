@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from red.calibration import Calibration
-from red.checkpoint_folders import SAVING, checkpoints
+from red.checkpoint_folders import students_place
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
-from red.files import STARTS, require_empty_output, require_existing
+from red.files import STARTS
 from red.prepare import load_teacher
 from red.settings import build_config
 from red.trainer import REDTrainer
@@ -66,15 +66,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if teacher is None or train_data is None:
         raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
                        "(or train_file, or dataset_name).")
-    path = Path(config.output_dir) / "student"
-    if not resume:
-        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING))  # an interrupted fit goes on, and a first save that was cut short is nothing
-    elif resume is True and not checkpoints(config.output_dir):
-        raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
-    else:
-        require_empty_output(path, what="The exported student", remedy="This run is finished.")
-        if resume is not True:
-            require_existing(resume, "The checkpoint")
+    path = students_place(config.output_dir, resume, ignoring=STARTS)  # an interrupted fit goes on
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_lori import PREFIX, number_tokenizer, settings_of, table_rows
 from transformers import TrainerCallback
 
@@ -197,7 +197,7 @@ def test_training_lowers_every_part(train):
     assert all(b < 0.8 * a for a, b in zip(first, last, strict=True)), (first, last)
 
 
-def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
+def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tiny_teacher, tmp_path):
     settings = dict(max_steps=2, save_strategy="steps", save_steps=2)
     train(**settings)
     with pytest.raises(REDError, match="not empty"):
@@ -206,17 +206,29 @@ def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
         train(resume=True, **settings)
     with pytest.raises(KeyboardInterrupt):
         train("other", callbacks=[Interrupt(2)], max_steps=2, save_strategy="steps", save_steps=1)
-    (tmp_path / "other" / "checkpoint-2").mkdir()  # a kill in the middle of a save: weights, and no trainer's state
-    shutil.copy(tmp_path / "other" / "checkpoint-1" / "lori_state.safetensors", tmp_path / "other" / "checkpoint-2")
-    with pytest.raises(REDError, match="(?s)checkpoint-1.*another model or another preset: projection"):
-        train("other", resume=True, preset="coconut", max_steps=2)
+    first = tmp_path / "other" / "checkpoint-1"
     with pytest.raises(REDError, match="checkpoint-7"):
         train("other", resume=tmp_path / "other" / "checkpoint-7", max_steps=2)
-    (tmp_path / "other" / "checkpoint-1" / "trainer_state.json").rename(tmp_path / "trainer_state.json")
-    with pytest.raises(REDError, match="no finished checkpoint-N folder"):
+    with pytest.raises(REDError, match="no checkpoint-N folder to resume from"):
+        train("third", resume=True, max_steps=2)
+    with pytest.raises(REDError, match=r"checkpoint-1 was made with projection=True \(now False\), curriculum=0.0 \(now 0.5\).*settings of the first run"):
+        train("other", resume=True, preset="coconut", max_steps=2)
+    with pytest.raises(REDError, match="training rows.*their hash was"):
+        train("other", resume=True, rows=table_rows(seed=3), max_steps=2)
+    for changes in (dict(teacher=tiny_teacher(seed=1)), dict(rank_channels=3)):  # last, for they overwrite the trajectories
+        with pytest.raises(REDError, match="other trajectories: those of another teacher"):
+            train("other", resume=True, max_steps=2, **changes)
+    (first / "trainer_state.json").rename(tmp_path / "trainer_state.json")
+    with pytest.raises(REDError, match="checkpoint-1: trainer_state.json is missing"):
         train("other", resume=True, max_steps=2)
-    (tmp_path / "trainer_state.json").rename(tmp_path / "other" / "checkpoint-1" / "trainer_state.json")
-    assert train("other", resume=tmp_path / "other" / "checkpoint-1", max_steps=2).trainer.state.global_step == 2
+    (tmp_path / "trainer_state.json").rename(first / "trainer_state.json")
+    assert train("other", resume=first, max_steps=2).trainer.state.global_step == 2
+    plain = load_file(first / "lori_state.safetensors")
+    with pytest.raises(REDError, match="another model or another preset: model.model.embed_tokens.weight differs"):
+        save_file({name: value for name, value in plain.items() if "embed" not in name}, first / "lori_state.safetensors")
+        (first / "manifest.json").unlink()
+        shutil.rmtree(tmp_path / "other" / "student")
+        train("other", resume=first, max_steps=2)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -226,6 +238,10 @@ def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
     (dict(anchor_weight=-1.0), "anchor_weight=-1.0"),
     (dict(anchor_layers="7"), "anchor_layers='7'.*from 0 .* to 2"),
     (dict(energy=2.0), "energy=2.0"),
+    (dict(rationale_layers="1,3"), "rationale_layers='1,3'.*from 0 .* to 2"),
+    (dict(rationale_layers="1,2", rank_layers=3), "rank_layers=3: must lie between 1 and 2, the layers that count"),
+    (dict(max_skipped_steps=0), "max_skipped_steps=0: must be at least 1"),
+    (dict(fp16=True), "fp16=True: a gradient scaler"),
     (dict(gradient_checkpointing=True), "gradient_checkpointing=True.*cache"),
     (dict(answer_prefix=" "), "answer_prefix=' ' has no token"),
     (dict(max_length=5), "Row .* has .* tokens, more than max_length=5"),

@@ -73,6 +73,7 @@ class LoRiConfig(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row that may be skipped because loss or gradient is not finite; the run then ends, its micro-batches on the disk."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: rows are not columns of the model."})
 
@@ -134,6 +135,8 @@ class LoRiConfig(TrainingArguments):
         require(0 <= self.projection_dropout < 1, "projection_dropout", "must lie between 0 and 1")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         require(self.lora_rank >= 0, "lora_rank", "must not be negative; 0 trains all weights")
+        require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1")
+        require(not self.fp16, "fp16", "a gradient scaler makes gradients infinite by design, and such steps are skipped and counted here; use bf16=True")
         require(not self.fsdp, "fsdp", "latent steps under FSDP are not supported yet; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "latent steps under DeepSpeed are not supported yet; use one GPU, or data parallel (torchrun)")
         require(not self.gradient_checkpointing, "gradient_checkpointing",
