@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from red.checkpoint_folders import last_checkpoint, students_place
 from red.data import pad_id
@@ -18,8 +19,10 @@ from red.lori.checkpoints import ROWS, require_same_run, settings_of
 from red.lori.data import encode_rows, load_rows, rows_hash
 from red.lori.model import LatentModel, add_special_tokens, special_ids
 from red.lori.trainer import LoRiTrainer
-from red.lori.trajectories import SubspaceSettings, collect
+from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
 from red.settings import build_config
+
+logger = logging.get_logger(__name__)
 
 TRAJECTORIES = "trajectories"  # in output_dir
 
@@ -83,7 +86,10 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if config.needs_trajectories:
         trajectories = _collect(teacher, encoded, config, tokenizer)
     set_seed(config.seed)  # the projection and the new tokens are drawn
+    name = teacher.name_or_path
     plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
+    if name and plain.name_or_path not in (name, ""):
+        logger.warning(f"The student starts from {plain.name_or_path}, and its folder is going to have the licence of its teacher, {name}: see that the terms of both are kept.")
     teacher = None  # its states are on the disk; its memory is free, unless the caller holds it
     tokenizer = copy.deepcopy(tokenizer)
     bot, eot = add_special_tokens(plain, tokenizer) if config.target != "none" else (None, None)
@@ -95,7 +101,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if held_out is not None:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        trainer.export(path)
+        trainer.export(path, teacher=name)
     trainer.accelerator.wait_for_everyone()
     return LoRiResult(model, path, metrics, trainer)
 
@@ -142,14 +148,24 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
 
 
 def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
-    """The trajectories, computed by the first process and read by all."""
+    """The trajectories, computed by the first process, while the others wait, and read by all.
+
+    Raises:
+        REDError: another process does not find them: the first one failed, or has a disk of its own.
+    """
     layers = config.layers_of("rationale_layers", teacher.config.num_hidden_layers + 1)
     settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers, tuple(layers))
     folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
     bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
     with config.main_process_first(local=False, desc="teacher trajectories"):
-        return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
-                       pad=pad_id(tokenizer), bot=bot, eot=eot)
+        if config.process_index == 0:
+            return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
+                           pad=pad_id(tokenizer), bot=bot, eot=eot)
+        found = kept(folder, cache_key(teacher, encoded, settings, (bot, eot)))
+    if found is None:
+        raise REDError(f"Process {config.process_index} does not find the teacher's trajectories in {str(folder)!r}: the first process could not write them (see what it says), or "
+                       "they are on a disk of its own. Give trajectories_dir a folder that all processes share.")
+    return found
 
 
 def _named_dataset(config: LoRiConfig):

@@ -165,12 +165,12 @@ class LoRiTrainer(LoRiCheckpoints, Trainer):
         args = self.args
         return files.Facts(args.target, args.latent_steps, self.latent_model.projection is not None, args.answer_prefix, args.preset)
 
-    def export(self, output_dir: str | Path) -> Path:
-        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged."""
+    def export(self, output_dir: str | Path, *, teacher: str | Path | None = None) -> Path:
+        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged, with the licence of `teacher` (a folder or a name on the hub)."""
         from red.lori.adapters import merged
 
         with merged(self.latent_model.model) as plain:
-            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain)
+            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain, teacher=teacher)
 
 
 def _part(inputs: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ def spectra(states: Sequence[Tensor], *, seed: int = 0) -> dict:
     return found
 
 
-def plot(found: dict, path: str | Path) -> None:
-    """Cumulative energy over the number of directions, one panel a mode, as SVG."""
+def plot(found: dict, path: str | Path, *, dark: bool = False) -> None:
+    """Cumulative energy over the number of directions, one panel a mode, as SVG in the light or `dark` palette."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.0), width_ratios=(3, 1))
         for axes, mode in zip(panels, ("channels", "layers"), strict=True):
@@ -49,5 +49,5 @@ def plot(found: dict, path: str | Path) -> None:
             axes.set_title(f"energy in the first {mode} directions, %")
             axes.legend(frameon=False, fontsize=8, labelcolor=ROLES["muted"], loc="lower right")
         described = "Cumulative energy of the teacher's trajectories and of the shuffled control, over channel and layer directions"
-        atomic_write_text(path, svg(figure, described, page=False))
+        atomic_write_text(path, svg(figure, described, page=False, dark=dark))
 
