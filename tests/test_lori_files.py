@@ -63,9 +63,11 @@ def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tiny_teacher
     with pytest.raises(REDError, match="no checkpoint-N folder to resume from"):
         train("third", resume=True, max_steps=2)
     with pytest.raises(REDError, match=r"checkpoint-1 was made with projection=True \(now False\), curriculum=0.0 \(now 0.5\).*settings of the first run"):
-        train("other", resume=True, preset="coconut", max_steps=2)
+        train("other", resume=True, preset="coconut", max_steps=2, teacher="no/teacher")  # before one is read
+    stamp = (tmp_path / "other" / "trajectories" / "trajectories.json").stat().st_mtime_ns
     with pytest.raises(REDError, match="training rows.*their hash was"):
         train("other", resume=True, rows=table_rows(seed=3), max_steps=2)
+    assert (tmp_path / "other" / "trajectories" / "trajectories.json").stat().st_mtime_ns == stamp, "the run's trajectories were overwritten"
     for changes in (dict(teacher=tiny_teacher(seed=1)), dict(rank_channels=3)):  # last, for they overwrite the trajectories
         with pytest.raises(REDError, match="other trajectories: those of another teacher"):
             train("other", resume=True, max_steps=2, **changes)
