@@ -13,11 +13,10 @@ from red.errors import REDError
 from red.families import TAPS
 from red.files import atomic_write_safetensors
 from red.map_files import check_maps
-from red.reliability import Reliable
+from red.reliability import ADAM_MOMENTS, Reliable
 
 PROJECTIONS_FILE = "projections.safetensors"
 TAP_WEIGHTS = "tap_mean_square"  # in that file's metadata
-ADAM_MOMENTS = 2
 
 
 class Checkpoints(Reliable):

@@ -25,6 +25,8 @@ from red.files import in_gib
 from red.guard import StepGuard
 from red.termination import Termination
 
+ADAM_MOMENTS = 2  # of every trained tensor, in a checkpoint
+
 logger = logging.get_logger(__name__)
 
 

@@ -80,9 +80,10 @@ def die_at(where: str, calls: int, when: str) -> None:
     """Patch one function of this (child) process so that its `calls`-th call kills the process."""
     from red import checkpoint_folders, checkpoints, trainer
     from red.lori import checkpoints as lori
+    from red.lori import files
 
     *path, name = where.split(".")
-    owner = {"checkpoints": checkpoints, "trainer": trainer, "folders": checkpoint_folders, "lori": lori}[path[0]]
+    owner = {"checkpoints": checkpoints, "trainer": trainer, "folders": checkpoint_folders, "lori": lori, "files": files}[path[0]]
     for part in path[1:]:
         owner = getattr(owner, part)
     real, count = getattr(owner, name), 0

@@ -1,4 +1,4 @@
-"""LoRi's trainer loses nothing: SIGKILL inside a save, SIGTERM, steps that are not finite. What its checkpoints refuse is in test_lori_trainer."""
+"""LoRi's trainer loses nothing: SIGKILL inside a save or the export, SIGTERM, steps that are not finite. What its checkpoints refuse is in test_lori_trainer."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ WHERE = {  # saves are at 2, 4 and 6, one is kept: what dies, in which call, and
     "a file half-written": ("lori.atomic_write_safetensors", 2, "within", 2),
     "manifest, no rename yet": ("folders.publish", 2, "before", 2),
     "the older one moved aside": ("folders._move_aside", 1, "after", 4),
+    "the student half-written": ("files.atomic_write_json", 1, "before", 6),
 }
 SETTINGS = dict(save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=6, lr_scheduler_type="linear", projection_dropout=0.1)
 
@@ -63,7 +64,7 @@ def kill_at_every_point(folder: Path) -> dict:
         code = ended(forked(lambda where=where, calls=calls, when=when, place=place: (die_at(where, calls, when), run(place))))
         left = last(place)
         found[point] = {"exit": code, "step": left, "final": str(place.with_suffix(".final")), "resumed": ended(forked(lambda place=place: run(place, resume=True))),
-                        "end": sorted(path.name for path in place.iterdir())}
+                        "end": sorted(path.name for path in place.glob("[!.]*"))}
     return found
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from red.errors import REDError
 from red.files import atomic_write_safetensors
 from red.lori.config import LoRiConfig
-from red.reliability import Reliable
+from red.reliability import ADAM_MOMENTS, Reliable
 
 STATE = "lori_state.safetensors"  # of a checkpoint: every trained tensor, and the run in its metadata
 SETTINGS = ("target", "latent_steps", "projection", "projection_dropout", "curriculum", "rationale_weight", "second_order_weight", "centred", "anchor_weight",
             "anchor_distance", "anchor_layers", "anchor_teacher", "cot_weight", "lora_rank", "lora_alpha", "lora_target_modules")
 ROWS, TRAJECTORIES = "training rows", "trajectories"
-ADAM_MOMENTS = 2
 
 
 def settings_of(config: LoRiConfig) -> dict:

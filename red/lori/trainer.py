@@ -8,6 +8,8 @@ states just before the answer. The teacher's side was computed before the traini
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from red.errors import REDError
+from red.files import require_empty_output, sync
 from red.lori import files, losses
 from red.lori.batch import batch_of
 from red.lori.checkpoints import LoRiCheckpoints
@@ -166,11 +169,23 @@ class LoRiTrainer(LoRiCheckpoints, Trainer):
         return files.Facts(args.target, args.latent_steps, self.latent_model.projection is not None, args.answer_prefix, args.preset)
 
     def export(self, output_dir: str | Path, *, teacher: str | Path | None = None) -> Path:
-        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged, with the licence of `teacher` (a folder or a name on the hub)."""
+        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged, with the licence of `teacher` (a folder or a name on the hub).
+
+        Raises:
+            REDError: `output_dir` is not missing or empty. It appears only when everything is written.
+        """
         from red.lori.adapters import merged
 
-        with merged(self.latent_model.model) as plain:
-            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain, teacher=teacher)
+        output_dir = require_empty_output(output_dir)
+        aside = output_dir.absolute().parent / f".{output_dir.absolute().name}.{secrets.token_hex(4)}.tmp"
+        try:
+            with merged(self.latent_model.model) as plain:
+                files.save(aside, self.latent_model, self.processing_class, self.facts, plain=plain, teacher=teacher)
+            aside.replace(output_dir)  # onto nothing or an empty folder: one rename
+            sync(output_dir.absolute().parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return output_dir
 
 
 def _part(inputs: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
