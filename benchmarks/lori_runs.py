@@ -7,14 +7,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from red.demo import record
 from red.lori.demo.experiment import MethodRun, run_method
+from red.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = "lori_runs.jsonl"
 CACHE = Path(tempfile.gettempdir()) / "red-lori-trajectories"  # known by the hash of teacher, problems and settings
 SUBSPACE = ("energy", "rank_layers", "rank_channels", "normalize_layers", "rationale_layers")  # runs that differ in these share no trajectories
-COMMIT = record.commit()  # now: the file of runs, which is tracked, is going to grow
+COMMIT = provenance.commit()  # now: the file of runs, which is tracked, is going to grow
 
 
 def kept(run: MethodRun, results: Path = RESULTS) -> dict:
@@ -22,7 +22,7 @@ def kept(run: MethodRun, results: Path = RESULTS) -> dict:
     found = known(run, results)
     if found is None:
         own = "-".join(f"{name}={run.switches[name]}" for name in SUBSPACE if name in run.switches)
-        found = record.finite({**run_method(run, trajectories=CACHE / own if own else CACHE), "commit": COMMIT})
+        found = provenance.finite({**run_method(run, trajectories=CACHE / own if own else CACHE), "commit": COMMIT})
         with (results / RUNS).open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(f"{run.method:<22} lr {run.learning_rate:g} seed {run.seed} {run.steps} steps {run.switches or ''}: validation {found['validation_accuracy']:.3f}, "
@@ -40,7 +40,7 @@ def write(results: Path, part: dict) -> None:
     """Put a part of the results into lori.json, beside the others."""
     path = results / "lori.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    record.write_json(path, {**before, **part, "versions": record.versions(), "commit": COMMIT, "device": f"{record.device('cpu')}, 1 thread"})
+    provenance.write_json(path, {**before, **part, "versions": provenance.versions(), "commit": COMMIT, "device": f"{provenance.device('cpu')}, 1 thread"})
 
 
 def known(run: MethodRun, results: Path = RESULTS) -> dict | None:

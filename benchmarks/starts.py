@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the parts of this script, and the `red` beside it
 
-from red.demo import known, record
+from red.demo import known
 from red.demo.study_plot import write_starts_figure, write_widths_figure
+from red.report import provenance
 
 from benchmarks.study import teachers
 from benchmarks.study.assembled import assembled, shipped
@@ -106,7 +107,7 @@ def _put_together(study: Study, folder: Path, args: argparse.Namespace) -> None:
     result = results_file(folder, study.teacher.name, study.width, 2 * study.width == study.teacher.width)
     write_result(result, found)
     if found["sweep"] and (result.name == "starts.json" or args.smoke):
-        record.write_json(folder / "learning_rates.json" if args.out else known.FILE, shipped(found))
+        provenance.write_json(folder / "learning_rates.json" if args.out else known.FILE, shipped(found))
     print(f"\n## {study.name}\n\n{markdown(found)}")
     if paper := two_by_two(found):
         print(f"\nStart against temperature:\n\n{paper}")

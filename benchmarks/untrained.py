@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the parts of this script, and the `red` beside it
 
-from red.demo import record
 from red.demo.study_plot import write_untrained_figure
+from red.report import provenance
 
 from benchmarks.study import teachers, untrained_tables
 from benchmarks.study.grids import Grids
@@ -61,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 failures |= execute(part.chosen_tasks(), lines, jobs=args.jobs)
     found = {table: getattr(whole, table)() for table in TABLES}
     found["missing"] = {table: count for table in TABLES if (count := whole.missing(table))}
-    write_result(folder / "untrained.json", {**found, "seeds": list(args.seeds), "versions": record.versions(), "commit": sorted(lines.commits),
-                                             "put_together_at": record.commit(), "device": record.device("cpu")})
+    write_result(folder / "untrained.json", {**found, "seeds": list(args.seeds), "versions": provenance.versions(), "commit": sorted(lines.commits),
+                                             "put_together_at": provenance.commit(), "device": provenance.device("cpu")})
     first = next(iter(found["main"].values()))["widths"]
     if any(first.values()):
         write_untrained_figure(first, (folder if args.out else ROOT / "docs") / "untrained.svg")

@@ -43,7 +43,7 @@ class ERankCallback(TrainerCallback):
 
     def __init__(self, trainer, rows: Iterable[dict], *, steps: int, floor: float = 0.25, patience: int = 3, stop: bool = False, tokens: int = 1024):
         self.trainer, self.steps, self.floor, self.patience, self.stop = trainer, steps, floor, patience, stop
-        self.batch, self.tokens = _first(rows, tokens), tokens
+        self.batch, self.tokens = first_rows(rows, tokens), tokens
         self.teacher: list[float] = []
         self.warned = False  # of the collapse that goes on
 
@@ -105,7 +105,7 @@ def _named(prefix: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{prefix}/mean": sum(found.values()) / len(found), **found} if found else {}
 
 
-def _first(rows: Iterable[dict], tokens: int) -> dict[str, torch.Tensor]:
+def first_rows(rows: Iterable[dict], tokens: int) -> dict[str, torch.Tensor]:
     """The first rows that together hold `tokens` tokens, as a batch."""
     chosen, found = [], 0
     for row in islice(rows, tokens):

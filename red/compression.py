@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from red.errors import REDError
 from red.export import ExportReport, export
 from red.files import START_FILE, STARTS, require_empty_output
 from red.prepare import calibration_batches, check_request, ready_calibration, start_projections, training_rows
+from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.starting import fit_of
 
@@ -59,14 +61,19 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     if config.world_size > 1:
         raise REDError(f"compress is the work of one process, and {config.world_size} were started. Start it without torchrun or accelerate launch.")
     folder = Path(config.output_dir)
-    require_empty_output(folder, ignoring=STARTS)
+    require_empty_output(folder, ignoring=(*STARTS, *leftovers(folder)))
+    record = Record(config, "compress")
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     teacher = teacher.eval().to(config.device)
     check_request(teacher, config)
     rows = training_rows(data, tokenizer, teacher, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
+    began = time.perf_counter()
     calibration = ready_calibration(teacher, config, rows=rows, calibration=calibration, tokenizer=tokenizer)
-    student = start_projections(teacher, config, calibration, calibration_batches(rows, config.calibration_samples), folder).student.eval()
+    projections = start_projections(teacher, config, calibration, calibration_batches(rows, config.calibration_samples), folder)
+    student = projections.student.eval()
+    record.compressed(teacher, projections, calibration, time.perf_counter() - began, data, rows)
     report = export(student, tokenizer, folder / "student", dtype=dtype or teacher.dtype, teacher=teacher.name_or_path)
+    record.finish(exported=report)
     return CompressResult(student, report.path, folder / START_FILE if fit_of(config) != "none" else None, report)

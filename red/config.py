@@ -150,6 +150,7 @@ class REDConfig(TrainingArguments):
         require(self.canary_samples >= 1, "canary_samples", "must be at least 1")
         require(not (self.canary_steps and self.canary_file is None), "canary_steps", "needs canary_file: a .jsonl of {question, answer}, or embedded")
         require(not (self.sharding and self.canary_steps), "canary_steps", "one rank cannot run a sharded model; set canary_steps=0, or leave fsdp out")
+        require(not (self.train_file and self.dataset_name), "dataset_name", "train_file is given too; drop one of them")
         require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1, which ends the run at the first such step")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         for name in ("calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -12,9 +12,12 @@ from red.checkpoint_folders import students_place
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
+from red.families import teacher_config
 from red.files import STARTS
-from red.prepare import load_teacher
+from red.prepare import check_shape, load_teacher, require_packing
+from red.report.recording import Record, leftovers
 from red.settings import build_config
+from red.streaming import require_max_steps
 from red.trainer import REDTrainer
 
 
@@ -61,23 +64,42 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     config = config or build_config(settings)
     if not isinstance(config, REDConfig):
         raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
-    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    teacher, path = check_run(teacher, train_data, config, resume)
     train_data = training_source(train_data, config)
-    if teacher is None or train_data is None:
-        raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
-                       "(or train_file, or dataset_name).")
-    path = students_place(config.output_dir, resume, ignoring=STARTS)  # an interrupted fit goes on
+    record = Record(config, "red", resumed=bool(resume))
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
                          calibration=calibration, callbacks=callbacks)
+    record.training(trainer, train_data)
     metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    trainer.export(path)
+    report = trainer.export(path)
+    record.finish(trainer.student, metrics, report)
     trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
+
+
+def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: REDConfig, resume: bool | str | Path = False) -> tuple:
+    """(teacher, folder of the student) of a run, once nothing speaks against it that can be known before a weight is read.
+
+    Raises:
+        REDError: no teacher or no text; a family, width or start that cannot be; settings that contradict each other; output that is in the way.
+    """
+    teacher = teacher if teacher is not None else config.teacher_model_name_or_path
+    if teacher is None or (train_data is None and not (config.train_file or config.dataset_name)):
+        raise REDError("distill needs a teacher and training data. Give teacher (or teacher_model_name_or_path) and train_data "
+                       "(or train_file, or dataset_name).")
+    if config.resume_from_checkpoint is not None:
+        raise REDError(f"resume_from_checkpoint={config.resume_from_checkpoint!r} is read by Trainer scripts alone. Give resume, or red distill --resume.")
+    if config.streaming:
+        require_packing(config)
+        require_max_steps(config.max_steps)
+    shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
+    check_shape(shape, config)
+    return teacher, students_place(config.output_dir, resume, ignoring=(*STARTS, *leftovers(config.output_dir)))  # an interrupted fit goes on
 
 
 def training_source(given, config: REDConfig):

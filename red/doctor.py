@@ -6,7 +6,6 @@ the teacher and some dozen forward passes over a row.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -14,48 +13,47 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-DESCRIPTION = """\
-Look at a teacher, a text and this machine before a distillation: a list of what is well and what is not, each with its remedy.
+import click
 
-  red doctor --teacher path/to/teacher --data corpus.txt
-  red doctor --config run.yaml --json doctor.json           the settings of a red distill
-  red doctor --teacher T --data corpus.txt --hidden_size 1536 --per_device_train_batch_size 8 --bf16
+from red.commands import SettingsCommand, config_of
 
-  vocabulary   the tokenizer's ids, the config's end token, unknown words
-  labels       every label at its own token, none at padding; already shifted ones are found
-  shift        red's cross entropy of a packed row against transformers' own, document by document; against guessing
-  packing      a document alone against the same one among others in its row
-  loss         the fused loss and its gradients against the plain formulas in float64
-  weights      NaN and infinite values, states likewise, after every layer on the first rows
-  disk         room for the checkpoints to come, memory likewise, from the shapes
-
-Settings as in `red distill` (see red distill -h). Exit code 0 where nothing is red, 1 where something is, 2 for bad input.
-"""
 DOCUMENTS, ROWS = 1000, 2  # of the text that are looked at, and rows that the teacher reads
 COLOURS = {True: "\033[32m", False: "\033[31m", None: "\033[33m"}
 WORDS = {True: "ok", False: "RED", None: "--"}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", metavar="TEACHER", help="folder or name on the hub")
-    parser.add_argument("--data", metavar="FILE", help="the training text: .txt, .jsonl or a saved data set")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, as for red distill")
-    parser.add_argument("--output", "--json", metavar="PATH", help="write the findings here too, as JSON")
+@click.command("doctor", cls=SettingsCommand, short_help="before that: labels, packing, loss, weights, disk and memory, looked at on your own teacher and text")
+@click.option("--teacher", metavar="TEACHER", help="folder or name on the hub")
+@click.option("--data", metavar="FILE", help="the training text: .txt, .jsonl or a saved data set")
+@click.option("--config", metavar="FILE", help="YAML file of settings, as for red distill")
+@click.option("--output", "--json", "output", metavar="PATH", help="write the findings here too, as JSON")
+@click.pass_context
+def doctor(ctx, teacher, data, config, output) -> int:
+    """Look at a teacher, a text and this machine before a distillation: a list of what is well and what is not, each with its remedy.
 
+      red doctor --teacher path/to/teacher --data corpus.txt
+      red doctor --config run.yaml --json doctor.json           the settings of a red distill
+      red doctor --teacher T --data corpus.txt --hidden_size 1536 --per_device_train_batch_size 8 --bf16
 
-def run(options: argparse.Namespace) -> int:
+      vocabulary   the tokenizer's ids, the config's end token, unknown words
+      labels       every label at its own token, none at padding; already shifted ones are found
+      shift        red's cross entropy of a packed row against transformers' own, document by document; against guessing
+      packing      a document alone against the same one among others in its row
+      loss         the fused loss and its gradients against the plain formulas in float64
+      weights      NaN and infinite values, states likewise, after every layer on the first rows
+      disk         room for the checkpoints to come, memory likewise, from the shapes
+
+    Settings as in `red distill` (see red distill -h). Exit code 0 where nothing is red, 1 where something is, 2 for bad input.
+    """
     from red.files import atomic_write_json, require_existing
-    from red.settings import build_config, parse_command_line, read_yaml
 
-    given = {**(read_yaml(options.config) if options.config else {}), **parse_command_line(options.rest)}
-    given |= {name: value for name, value in (("teacher_model_name_or_path", options.teacher), ("train_file", options.data)) if value}
-    config = build_config(given)
+    config = config_of(ctx, config, given={**({"teacher_model_name_or_path": teacher} if teacher else {}), **({"train_file": data, "dataset_name": None} if data else {})})
     if config.train_file is not None:
         require_existing(config.train_file, "The data path")  # before the teacher is read
     findings = examine(config)
     print(report(findings, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if options.output:
-        atomic_write_json(options.output, [asdict(finding) for finding in findings])
+    if output:
+        atomic_write_json(output, [asdict(finding) for finding in findings])
     return int(any(finding.ok is False for finding in findings))
 
 
@@ -88,7 +86,7 @@ def examine(config, teacher=None, source=None, tokenizer=None) -> list:
     heads = shape.num_attention_heads
     config.hidden_size = config.hidden_size or max(shape.hidden_size // 2 // heads, 1) * heads
     check_width(shape, config.hidden_size)
-    free = _free_memory(config.device)
+    free = free_memory(config.device)
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     teacher = teacher.eval().to(config.device)
     documents = _first(source, tokenizer, config)
@@ -142,7 +140,7 @@ def _first(source, tokenizer, config) -> list[dict]:
     return data.load_examples(list(islice(source, DOCUMENTS)), tokenizer, text_column=config.text_column, assistant_only_loss=config.assistant_only_loss)
 
 
-def _free_memory(device) -> int:
+def free_memory(device) -> int:
     """Bytes: of the GPU, or of this machine."""
     import torch
 

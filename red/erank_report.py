@@ -134,7 +134,7 @@ def figure(found: Sequence[ModelRanks]) -> str:
     """SVG: eRank over the layers, a line a model, the first one dashed."""
     from matplotlib.ticker import MaxNLocator
 
-    from red.demo.plots import MARKERS, ROLES, STYLE, plt, svg
+    from red.report.drawing import MARKERS, ROLES, STYLE, plt, svg
 
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(6.4, 3.6))

@@ -15,6 +15,7 @@ from red.errors import REDError
 START_FILE = "start.safetensors"  # a run's fitted start
 HALF_LAYERS = "start-half-layers"  # what of it was fitted before an interruption
 STARTS = ("start.", ".start.", HALF_LAYERS)  # how the names of both begin, of earlier ones beside them, and of one that a kill cut short
+RUN_FILE, CHANNELS_FILE, PAGE = "run.json", "channels.safetensors", "report.html"  # what red.report keeps of a run
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ LINK = re.compile(r"https://[\w.\-/~%+#?=&]{1,300}|(LICEN[SC]E|COPYING)[\w.\-]{0
 RESEARCH = re.compile(r"research|non-?commercial|cc-by-nc", re.IGNORECASE)
 LINE = re.compile(r"(license|license_name|license_link):[ \t]+(\S.*)")
 OPEN = ("other", "unknown")  # what a front matter says where the hub has no name for the licence
+
+USAGE = ("from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")')
+CITATION = "The method is RED, [arXiv 2605.29327](https://arxiv.org/abs/2605.29327), which starts from LRC, [arXiv 2505.12781](https://arxiv.org/abs/2505.12781)."
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +57,7 @@ class Terms:
 
 def terms_of(teacher: str | Path) -> Terms:
     """The terms of a teacher, from its folder, or of a name on the hub from its repository (or the cache, where there is no network)."""
-    folder, name = _folder(teacher), _name(teacher)
+    folder, name = _folder(teacher), name_of(teacher)
     if folder is None:
         return Terms(name)
     said = front_matter(folder / "README.md")
@@ -74,25 +79,33 @@ def carry(terms: Terms, folder: str | Path, *, hidden_size: int) -> None:
         logger.warning(f"{terms.base_model} is licensed as {terms.license_name or terms.license}, for research or non-commercial use only; so is the student.")
 
 
-def card(terms: Terms, hidden_size: int) -> str:
-    """A model card: YAML front matter as the Hugging Face hub reads it, and what the student is."""
-    short = terms.base_model.rpartition("/")[2]
-    facts = {"base_model": terms.base_model, "base_model_relation": "finetune", "library_name": "transformers", "pipeline_tag": "text-generation",
-             "license": terms.license, "license_name": terms.license_name, "license_link": terms.license_link, "tags": ["red", "distillation"]}
+def card(terms: Terms, hidden_size: int, *, facts: Mapping[str, object] | None = None, summary: str = "", usage: Sequence[str] | None = None,
+         sections: Sequence[str] = (), citation: str | None = None) -> str:
+    """A model card: YAML front matter as the Hugging Face hub reads it, what the student is and how it is used, and the terms.
+
+    Args:
+        facts: more of the front matter.
+        summary, sections: markdown (`red.report.card` makes it from a run): after the title, and between usage and licence.
+        usage: lines of Python; None is transformers'.
+        citation: of the method; None is RED's.
+    """
+    short = terms.base_model.rpartition("/")[2] or "student"
+    known = {"base_model": terms.base_model, "base_model_relation": terms.base_model and "finetune", "library_name": "transformers", "pipeline_tag": "text-generation",
+             "license": terms.license, "license_name": terms.license_name, "license_link": terms.license_link, "tags": ["red", "distillation"], **(facts or {})}
     title = f"{short}-red-{hidden_size}"
     if terms.wants_llama and not title.lower().startswith("llama"):
         title = f"Llama-{title}"
-    lines = ["---", yaml.safe_dump({key: value for key, value in facts.items() if value}, sort_keys=False).strip(), "---", "", f"# {title}", "",
-             f"A narrower student of `{terms.base_model}` (hidden size {hidden_size}), made with [red](https://arxiv.org/abs/2605.29327). A plain Hugging Face checkpoint:", "",
-             "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")', "```", "", "## Licence", ""]
+    made_of = f"`{terms.base_model}`" if terms.base_model else "a model that is not named here"
+    lines = ["---", yaml.safe_dump({key: value for key, value in known.items() if value}, sort_keys=False).strip(), "---", "", f"# {title}", "",
+             f"A student of {made_of} (hidden size {hidden_size}), made with [red](https://arxiv.org/abs/2605.29327). {summary}".rstrip(), "",
+             "```python", *(usage or USAGE), "```", "", *sections, "## Licence", ""]
     if terms.wants_llama:
         lines += ["Built with Llama.", ""]
     named = terms.license_name or (terms.license if terms.license not in OPEN else None)
     lines.append(f"The teacher's terms hold for this student: {f'`{named}`' if named else 'see below' if terms.files else 'the teacher named none; look them up before sharing'}."
                  + (" For research or non-commercial use only." if terms.research_only else ""))
     lines += [f"* [{path.name}]({path.name})" for path in terms.files if NAME.fullmatch(path.name)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "## Citation", "", citation or CITATION]) + "\n"
 
 
 def front_matter(path: Path) -> dict[str, str]:
@@ -123,7 +136,7 @@ def _folder(teacher: str | Path) -> Path | None:
         return None
 
 
-def _name(teacher: str | Path) -> str:
+def name_of(teacher: str | Path) -> str:
     """`organisation/name`, also of a snapshot in the hub's cache; else the folder's own name without what a name cannot hold."""
     path = Path(teacher)
     if path.is_dir():

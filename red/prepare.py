@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from red import data, families
 from red.calibration import Calibration, calibrate_batches
@@ -77,8 +77,7 @@ def training_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: Pr
         return source
     if isinstance(source, data.PackedDataset) or not (config.streaming or isinstance(source, IterableDataset)):
         return pack_rows(source, tokenizer, teacher, config)
-    if not config.packing:
-        raise REDError("packing=False pads to the longest document, which a stream does not know. Leave packing on, or set streaming=False.")
+    require_packing(config)
     # on a GPU always one process at least: tokenising in this one would keep the GPU waiting
     workers = config.dataloader_num_workers or int(config.device.type != "cpu")
     return PackedStream(source, tokenizer, vocab_size=teacher.config.vocab_size, max_length=config.max_length, pad_token_id=data.pad_id(tokenizer, teacher.config),
@@ -93,11 +92,22 @@ def calibration_batches(rows: Sequence[dict] | PackedStream, samples: int) -> It
     return DataLoader(subset, batch_size=CALIBRATION_BATCH, collate_fn=data.collate)
 
 
-def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
-    """Refuse an unsupported family, a width that cannot be, or an unknown start, before anything is computed."""
-    families.check_family(teacher.config)
-    check_width(teacher.config, config.hidden_size)
+def require_packing(config: REDConfig) -> None:
+    """REDError where a stream is asked to pad."""
+    if not config.packing:
+        raise REDError("packing=False pads to the longest document, which a stream does not know. Leave packing on, or set streaming=False.")
+
+
+def check_shape(shape: PreTrainedConfig, config: REDConfig) -> None:
+    """Refuse an unsupported family, a width that cannot be, or an unknown start, by the teacher's config alone."""
+    families.check_family(shape)
+    check_width(shape, config.hidden_size)
     needs_of(config)  # the start exists
+
+
+def check_request(teacher: PreTrainedModel, config: REDConfig) -> None:
+    """`check_shape`, and refuse weights that are not finite, before anything is computed."""
+    check_shape(teacher.config, config)
     broken = [name for name, parameter in teacher.named_parameters() if not parameter.isfinite().all()]
     if broken:
         raise REDError(f"The teacher's {broken[0]} has NaN or infinite values{f', and so have {len(broken) - 1} more' if broken[1:] else ''}. "

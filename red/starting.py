@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from red import starts
 from red.calibration import Calibration, model_hash
@@ -18,7 +18,7 @@ from red.export import check_width
 from red.families import teacher_config
 from red.files import require_existing
 from red.fitting import fit_maps, forecast
-from red.fitting.forecast import measured_rate
+from red.fitting.forecast import Forecast, measured_rate
 from red.fitting.resume import START_FILE, StartFolder, read_start
 from red.fitting.shared_map import ITERATIONS
 from red.map_files import check_maps
@@ -69,9 +69,7 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
     quiet = config.disable_tqdm or not first
     if not quiet:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit,
-                        teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
-        tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
+        tqdm.write(f"start={config.start}, start_fit={fit}: {start_cost(config, teacher.config, tokens, teacher.dtype.itemsize)}")
     with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
         context = _context(teacher, config, calibration, batches)
         context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
@@ -89,6 +87,12 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
     return starts.StartMaps(maps, channels)
 
 
+def start_cost(config: REDConfig, teacher: PreTrainedConfig, tokens: int, teacher_bytes: int) -> Forecast:
+    """What calibration, start and fit cost on `tokens` tokens, at this device's rate of multiplying; `teacher_bytes` an entry of its weights."""
+    return forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit_of(config), teacher_bytes=teacher_bytes,
+                    rate=measured_rate(config.device))
+
+
 def forecast_of(config: REDConfig) -> str:
     """What the start will cost, in words: from the teacher's config and this device's rate of multiplying; no weight is read.
 
@@ -100,8 +104,7 @@ def forecast_of(config: REDConfig) -> str:
     teacher = teacher_config(config.teacher_model_name_or_path)
     check_width(teacher, config.hidden_size)
     tokens, fit = config.calibration_samples * config.max_length, fit_of(config)
-    cost = forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit,
-                    teacher_bytes=4 if config.device.type == "cpu" else 2, rate=measured_rate(config.device))
+    cost = start_cost(config, teacher, tokens, 4 if config.device.type == "cpu" else 2)
     return (f"{config.teacher_model_name_or_path}: hidden_size {teacher.hidden_size} -> {config.hidden_size}, {teacher.num_hidden_layers} layers, "
             f"start={config.start}, start_fit={fit}, {tokens:,} tokens of calibration\n{cost}")
 

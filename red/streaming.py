@@ -204,7 +204,12 @@ def _quiet(_: int) -> None:
 
 def require_steps(rows, max_steps: int) -> None:
     """REDError where the rows are a stream, which has no end, and nothing says when the training ends."""
-    if isinstance(rows, PackedStream) and max_steps <= 0:
+    if isinstance(rows, PackedStream):
+        require_max_steps(max_steps)
+
+
+def require_max_steps(max_steps: int) -> None:
+    if max_steps <= 0:
         raise REDError(f"A stream has no end, so the training needs one: max_steps={max_steps}. Set max_steps to a number of optimiser steps.")
 
 

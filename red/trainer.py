@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import types
 
 import torch
@@ -77,11 +78,14 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         rows = [source if source is None else read(source, processing_class, teacher, args)
                 for source, read in ((train_dataset, training_rows), (eval_dataset, pack_rows))]
         require_steps(rows[0], args.max_steps)
+        began = time.perf_counter()
         if calibration is not None or rows[0] is not None:
             calibration = ready_calibration(self.teacher, args, rows=rows[0], calibration=calibration, tokenizer=processing_class)
         batches = None if rows[0] is None else calibration_batches(rows[0], args.calibration_samples)
         folder = args.output_dir if args.process_index == 0 else None
         self.projections = projections or start_projections(self.teacher, args, calibration, batches, folder)
+        self.start_seconds = time.perf_counter() - began  # for the report, as are the channels' statistics
+        self.importance = None if calibration is None else {"scores": calibration.scores, "mean_square": calibration.mean_square}
         mean_square = calibration.tap_square if args.tap_normalize and calibration else None
         if mean_square is not None:  # a tap whose teacher says next to nothing must not outweigh all others
             mean_square = mean_square.clamp(min=TAP_FLOOR * mean_square.mean().item() or 1.0)

@@ -18,11 +18,14 @@ from red.calibration import calibrate_batches
 from red.cli import main
 from red.config import REDConfig
 from red.errors import REDError
+from red.files import CHANNELS_FILE, PAGE, RUN_FILE
 from red.fitting.fit import _Fit, fit_maps
 from red.fitting.resume import HALF_LAYERS, START_FILE, StartFolder
 from red.fitting.shared_map import most_explained
 from red.prepare import calibration_batches, pack_rows
 from red.starting import start_maps
+
+RECORD = (RUN_FILE, CHANNELS_FILE, PAGE)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +141,7 @@ def test_compress_writes_a_checkpoint_and_a_start_to_train_from(tiny_teacher, ti
     result = red.compress(teacher, texts(), tokenizer=tiny_tokenizer, **settings_of(tmp_path / "small", start="fitted"))
     assert isinstance(result, red.CompressResult) and fitted_points == [0, 1, 2, 3, "head"]
     assert result.path == tmp_path / "small" / "student" == result.report.path and result.start == tmp_path / "small" / START_FILE
-    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [START_FILE, "student"]
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == sorted([START_FILE, "student", *RECORD])
     loaded, ids = AutoModelForCausalLM.from_pretrained(result.path), torch.randint(3, 64, (2, 7))
     assert (loaded.config.hidden_size, loaded.config.model_type, loaded.config.tie_word_embeddings) == (16, family, tied)
     assert PreTrainedTokenizerFast.from_pretrained(result.path)("w4 w5")["input_ids"] == [4, 5]
@@ -183,7 +186,7 @@ def test_compress_goes_on_where_it_was_interrupted(tiny_teacher, tiny_tokenizer,
 
 def test_what_is_not_fitted_leaves_no_start(tiny_teacher, tiny_tokenizer, tmp_path):
     plain = red.compress(tiny_teacher(), texts(), tokenizer=tiny_tokenizer, dtype="bfloat16", **settings_of(tmp_path / "plain", start="activation"))
-    assert plain.start is None and [path.name for path in (tmp_path / "plain").iterdir()] == ["student"] and plain.report.dtype == "bfloat16"
+    assert plain.start is None and sorted(path.name for path in (tmp_path / "plain").iterdir()) == sorted(["student", *RECORD]) and plain.report.dtype == "bfloat16"
     readers = red.compress(tiny_teacher(), texts(), tokenizer=tiny_tokenizer, **settings_of(tmp_path / "readers", start_fit="readers"))
     trainer = make_trainer(tiny_teacher(), tmp_path / "run", start=readers.start)
     assert equal(dict(trainer.student.state_dict()), dict(readers.student.state_dict()))

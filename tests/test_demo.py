@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from red.demo import known, main, parallel, record
+from red.demo import known, main, parallel
 from red.demo.experiment import StudentRun, run_student
 from red.demo.folder import MARKER, OutputFolder
 from red.demo.parallel import run_parallel
 from red.errors import REDError
+from red.report import provenance
 from tiny_example import save_tiny_teacher
 
 run_demo = main.run_demo
@@ -147,7 +148,7 @@ def test_a_given_rate_wins_and_an_export_that_answers_otherwise_is_only_noted(te
     def once(runs, jobs, **_):
         if not finished:
             for start, run in runs.items():
-                finished.append((start, record.finite(run_student(run, **jobs[start]))))
+                finished.append((start, provenance.finite(run_student(run, **jobs[start]))))
         return dict(finished), {}
 
     found = known.load()

@@ -90,9 +90,9 @@ def test_a_byte_order_mark_hides_nothing(tmp_path):
 
 
 def test_names():
-    assert licences._name("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
-    assert licences._name("/home/someone/my models/Qwen 2.5 (copy)") == "Qwen-2.5-copy"
-    assert licences._name("a/b/c/`x`") == "x" and licences._name("/") == "teacher"
+    assert licences.name_of("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
+    assert licences.name_of("/home/someone/my models/Qwen 2.5 (copy)") == "Qwen-2.5-copy"
+    assert licences.name_of("a/b/c/`x`") == "x" and licences.name_of("/") == "teacher"
     assert Terms("Qwen/x", "llama3.1").wants_llama and "# Llama-x-red-8" in card(Terms("Qwen/x", "llama3.1"), 8)
 
 

@@ -20,8 +20,9 @@ KEYS = ("loss", "grad_norm", "task", "rationale", "anchor", "cot")
 
 def train(folder: Path, preset: str, rows: int):
     """Three steps over 8 rows each in 2 micro-batches, `rows` a process and micro-batch."""
-    import red
     from tiny_models import build_tiny_model
+
+    import red
 
     anchor = {"anchor_distance": "mse"} if preset == "lori" else {"anchor_weight": 0.0, "anchor_teacher": "offline"}  # codi's scale is of the micro-batch
     return red.distill(build_tiny_model("qwen2", tied=True), table_rows(24), tokenizer=number_tokenizer(), method="lori", preset=preset, **anchor,

@@ -6,7 +6,15 @@ import copy
 
 import pytest
 import torch
-from tiny_lori import PREFIX, distil_tiny, logged, number_tokenizer, settings_of, table_rows, weights
+from tiny_lori import (
+    PREFIX,
+    distil_tiny,
+    logged,
+    number_tokenizer,
+    settings_of,
+    table_rows,
+    weights,
+)
 from transformers import TrainerCallback
 
 import red

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from red.demo import record, summary
+from red.demo import summary
 from red.demo.report import render, write_report
 from red.demo.study_plot import write_starts_figure
+from red.report import provenance
 
 
 def outcome(curve, eranks, rate=0.004):
@@ -149,7 +150,7 @@ def test_table_is_aligned_and_complete(results, details):
 
 
 def test_strict_json(tmp_path):
-    record.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, (float("inf"), 2)], 3: {"b": -float("inf")}})
+    provenance.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, (float("inf"), 2)], 3: {"b": -float("inf")}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5, [None, 2]], "3": {"b": None}}
 
 

@@ -13,7 +13,8 @@ from benchmarks.study.assembled import assembled, shipped, spread
 from benchmarks.study.lines import Lines, write_result
 from benchmarks.study.teachers import Teacher
 from benchmarks.study.trained import Study, merit, ranked
-from red.demo import known, record
+from red.demo import known
+from red.report import provenance
 from red.demo.experiment import StudentRun, run_student
 from red.demo.study_plot import write_untrained_figure, write_widths_figure
 from tiny_example import save_tiny_teacher
@@ -142,7 +143,7 @@ def test_lines_survive_a_cut_and_are_strict_json(tmp_path):
     with open(lines.file, "a") as file:
         file.write('{"key": "cut sho')  # as a power cut leaves it
     again = Lines(lines.file)
-    assert again.get("a") == {"x": None, "y": 0.3333333} and again.get("b") is None and again.commits == {record.commit()}
+    assert again.get("a") == {"x": None, "y": 0.3333333} and again.get("b") is None and again.commits == {provenance.commit()}
     again.add("b", {"z": [1.0]})
     assert set(Lines(lines.file).done) == {"a", "b"}
     write_result(tmp_path / "r.json", {"long": list(range(100)), "short": {"mean": 1 / 3, "per_seed": [1, None]}, "none": []})
@@ -247,7 +248,7 @@ def test_study_goes_on_where_it_was_interrupted(teacher, tmp_path, monkeypatch, 
     found = json.loads((out / "starts_tiny_16.json").read_text())
     assert set(found["rows"]) == {"activation", "random", "pca"}
     assert all(list(row["horizons"]) == ["2", "4"] for row in found["rows"].values())  # nobody got there: the longer horizon too
-    assert found["rows"]["random"]["tokens_to_90"]["mean"] is None and found["commit"] == [record.commit()]
+    assert found["rows"]["random"]["tokens_to_90"]["mean"] is None and found["commit"] == [provenance.commit()]
     entry = found["rows"]["pca"]["horizons"]["4"]["seeds"]["0"]["history"][-1]
     assert {"kl_easy", "kl_reasoning", "erank"} <= set(entry) and entry["kl_reasoning"] > 0
     rates = json.loads((out / "learning_rates.json").read_text())

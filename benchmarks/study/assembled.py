@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from red import starts
-from red.demo import record
+from red.report import provenance
 
 from benchmarks.study.rows import EVERY, ROWS, measured_at
 from benchmarks.study.trained import LONGER, RULE, Study, merit, ranked
@@ -50,7 +50,7 @@ def assembled(study: Study, seeds: Sequence[int]) -> dict:
     return {"teacher_name": study.teacher.name, "teacher_width": study.teacher.width, "width": study.width, "rows": rows, "sweep": swept, "missing": missing,
             "rates_rule": f"{RULE}; {LONGER}", "grid": list(study.grid), "teacher": study.teacher_scores, "seeds": list(seeds),
             "settings": {**dataclasses.asdict(first), "measured_every": EVERY, "measured_at": measured_at(study.horizons[0]), "teacher": study.teacher.key},
-            "versions": record.versions(), "commit": sorted(study.lines.commits), "put_together_at": record.commit(), "device": record.device("cpu")}
+            "versions": provenance.versions(), "commit": sorted(study.lines.commits), "put_together_at": provenance.commit(), "device": provenance.device("cpu")}
 
 
 def spread(values: Sequence[float | None]) -> dict:

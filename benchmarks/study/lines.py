@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from red.demo import record
 from red.files import atomic_write_text
+from red.report import provenance
 
 DIGITS = 7
 WIDTH = 150  # of a line of a result file
@@ -38,7 +38,7 @@ class Lines:
         return entry["result"]
 
     def add(self, key: str, result: dict) -> None:
-        line = json.dumps({"key": key, "result": rounded(record.finite(result)), "commit": record.commit()}) + "\n"
+        line = json.dumps({"key": key, "result": rounded(provenance.finite(result)), "commit": provenance.commit()}) + "\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a") as file:
             file.write(("\n" if self.cut else "") + line)  # so that it does not continue a line that was cut short
@@ -59,7 +59,7 @@ def rounded(value):
 
 def write_result(path: Path, value: dict) -> None:
     """Strict JSON, whole or absent; what fits into a line stands on one."""
-    atomic_write_text(path, _pretty(rounded(record.finite(value)), "") + "\n")
+    atomic_write_text(path, _pretty(rounded(provenance.finite(value)), "") + "\n")
 
 
 def _pretty(value, indent: str) -> str:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from red.demo.record import write_json
+from red.report.provenance import write_json
 from red.errors import REDError
 
 MARKER = ".red-demo.json"

@@ -16,12 +16,13 @@ from transformers.utils import logging as transformers_logging
 from red import example
 from red import starts as registry
 from red.demo import known as study
-from red.demo import record, report, summary
+from red.demo import report, summary
 from red.demo.experiment import StudentRun, Suite, pick_device, teacher_and_tokenizer
 from red.demo.folder import OutputFolder
 from red.demo.parallel import available_cores, run_parallel
 from red.errors import REDError
 from red.evaluate import words
+from red.report import provenance
 
 MEASUREMENTS = 10  # of a student on its way, besides its start
 EXPORTED = "activation"  # the student that the user keeps
@@ -64,10 +65,10 @@ def run_demo(output_dir: str | Path = "runs/demo", *, steps: int = 150, starts: 
     measured = False
     try:
         results, details = _measure(runs, folder, found, processes, device, str(teacher_path or example.teacher_path()), log)
-        results = record.finite({"seconds": time.perf_counter() - began, **results})
-        details = record.finite({**details, "given_rates": given})
-        record.write_json(folder.staging / "results.json", results)
-        record.write_json(folder.staging / "details.json", details)
+        results = provenance.finite({"seconds": time.perf_counter() - began, **results})
+        details = provenance.finite({**details, "given_rates": given})
+        provenance.write_json(folder.staging / "results.json", results)
+        provenance.write_json(folder.staging / "details.json", details)
         measured = True
         report.write_report(results, folder.staging / "report.html", details)
         folder.publish()
@@ -121,7 +122,7 @@ def _measure(runs: dict[str, StudentRun], folder: OutputFolder, found: dict, pro
         jobs[EXPORTED]["export_to"] = str(folder.staging / "student")
     students, failures = run_parallel(runs, jobs, processes=processes, log=log)
     if failures:
-        record.write_json(folder.staging / "finished.json", students)
+        provenance.write_json(folder.staging / "finished.json", students)
         raise _SomeFailed(f"{' and '.join(failures)} failed with the traceback above")
     students = {start: students[start] for start in runs}  # in the order asked for, not in that of finishing
     digests = {outcome["data_digest"] for outcome in students.values()}
@@ -140,13 +141,13 @@ def _measure(runs: dict[str, StudentRun], folder: OutputFolder, found: dict, pro
     results = {
         "teacher": {key: scores[key] for key in ("exact_match", "easy_accuracy", "easy_perplexity", "erank")},
         "starts": {start: {key: outcome[key] for key in ("learning_rate", "history", "final")} for start, outcome in students.items()},
-        "versions": record.versions(), "commit": record.commit(),
+        "versions": provenance.versions(), "commit": provenance.commit(),
     }
     details = {
         "settings": {**dataclasses.asdict(run), "hidden_size": width, "start": list(runs), "learning_rate": found["rates_rule"], "split": "test"},
         "teacher": {"hidden_size": teacher.config.hidden_size, "exact_match_by_steps": scores["exact_match_by_steps"]},
         "train_seconds": {start: outcome["train_seconds"] for start, outcome in students.items()},
-        "data_digest": digests.pop(), "device": record.device(pick_device(device)),
+        "data_digest": digests.pop(), "device": provenance.device(pick_device(device)),
         "problem": _problem(suite, answers),
         "best_other": {"start": found["best_other"], "rule": found["best_other_rule"]},
         "tokens_to_90": found.get("tokens_to_90", {}),

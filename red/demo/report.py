@@ -8,6 +8,7 @@ from string import Template
 
 from red.demo import plots, summary
 from red.files import atomic_write_text
+from red.report import page
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -25,22 +26,17 @@ def write_report(results: dict, path: str | Path, details: dict | None = None) -
 
 def render(results: dict, details: dict) -> str:
     """The page as text."""
-    said = summary.sentences(results, details)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        variables_light=_variables(0), variables_dark=_variables(1),
-        headline=escape(summary.headline(results, details)), lead=escape(_capital(said[0].partition(": ")[2])),
+    said, headline = summary.sentences(results, details), summary.headline(results, details)
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         sentences="\n".join(f"<li>{_sentence(text)}</li>" for text in said[1:]),
-        cards=_cards(results), table=_table(results, details), legend=_legend(results),
+        cards=_cards(results), table=page.table(*summary.table_rows(results, details)), legend=_legend(results),
         by_steps=plots.by_steps(results, details),
         exact_match=plots.over_tokens(results, "exact_match", "held-out problems solved"),
         easy=plots.over_tokens(results, "easy_accuracy", "easy text: next token right"),
         erank=plots.erank_layers(results),
-        conditions=escape(" ".join(summary.conditions(details))), problem=_problem(details), facts=_facts(results, details),
+        conditions=escape(" ".join(summary.conditions(details))), problem=_problem(details), facts=page.facts_table(_facts(results, details)),
     )
-
-
-def _variables(theme: int) -> str:
-    return " ".join(f"--{role}: {colours[theme]};" for role, colours in plots.PALETTE.items())
+    return page.page(body, title=f"red demo: {headline}", kicker="red · demo", headline=headline, lead=_capital(said[0].partition(": ")[2]))
 
 
 def _sentence(text: str) -> str:
@@ -58,26 +54,15 @@ def _cards(results: dict) -> str:
     roles = plots.colour_roles(list(results["starts"]))
     models = [("teacher", "teacher", results["teacher"])]
     models += [(summary.label(start), roles[start], outcome["final"]) for start, outcome in results["starts"].items()]
-    return "\n".join(
-        f'<div class="card" style="--accent: var(--{role})"><h3>{escape(name)}</h3><p class="big">{summary.percent(scores["exact_match"])}</p>'
-        f'<p>of the problems solved</p><p class="small">easy text {summary.percent(scores["easy_accuracy"])} · '
-        f'eRank {summary.number(summary.mean(scores["erank"]), 1)}</p></div>'
-        for name, role, scores in models
-    )
-
-
-def _table(results: dict, details: dict) -> str:
-    heading, rows = summary.table_rows(results, details)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-    body = "\n".join("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row)) + "</tr>"
-                     for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return "\n".join(page.card(name, role, summary.percent(scores["exact_match"]), "of the problems solved",
+                               f"easy text {summary.percent(scores['easy_accuracy'])} · eRank {summary.number(summary.mean(scores['erank']), 1)}")
+                     for name, role, scores in models)
 
 
 def _legend(results: dict) -> str:
     roles = plots.colour_roles(list(results["starts"]))
     entries = [("teacher", "teacher"), *((summary.label(start), roles[start]) for start in results["starts"])]
-    return "".join(f'<span><i style="background: var(--{role})"></i>{escape(name)}</span>' for name, role in entries)
+    return page.legend(entries)
 
 
 def _problem(details: dict) -> str:
@@ -102,7 +87,7 @@ def _marked(said: list[str], answer: list[str]) -> str:
                     for place, word in enumerate(said))
 
 
-def _facts(results: dict, details: dict) -> str:
+def _facts(results: dict, details: dict) -> dict[str, object]:
     facts: dict[str, object] = {"seconds for everything": f"{results['seconds']:.0f}"}
     if "device" in details:
         facts["device"] = details["device"]
@@ -113,9 +98,4 @@ def _facts(results: dict, details: dict) -> str:
     facts |= {key.replace("_", " "): value for key, value in details.get("settings", {}).items() if value not in ({}, None)}
     if "note" in details:
         facts["note"] = details["note"]
-    facts |= results["versions"] | {"commit": results["commit"]}
-    return "\n".join(f"<tr><th>{escape(str(key))}</th><td>{escape(_plain(value))}</td></tr>" for key, value in facts.items())
-
-
-def _plain(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return facts | results["versions"] | {"commit": results["commit"]}

@@ -13,9 +13,9 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from red.demo.plots import ROLES, STYLE, svg
 from red.demo.summary import label
 from red.files import atomic_write_text
+from red.report.drawing import ROLES, STYLE, svg
 
 
 # The starts that are drawn in a colour of their own, the same in every picture; the others share the grey.

@@ -20,7 +20,7 @@ def main(job_file: str, result_file: str) -> None:
     transformers.logging.disable_progress_bar()
 
     from red.demo.experiment import StudentRun, run_student
-    from red.demo.record import write_json
+    from red.report.provenance import write_json
 
     with open(job_file) as file:
         job = json.load(file)

@@ -33,7 +33,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from red import families
 from red.calibration import calibrate_batches
-from red.demo.record import commit, device, versions
+from red.report.provenance import commit, device, versions
 from red.example import documents, teacher_path, tokenized
 from red.example.tokenizer import build_tokenizer
 from red.example.train_teacher import GOAL, ROW, ROWS_PER_STEP, document_mask, measure, packed_rows, save, solved

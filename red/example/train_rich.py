@@ -32,8 +32,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from red.demo.record import commit
-from red.demo.record import device as device_in_words
+from red.report.provenance import commit
+from red.report.provenance import device as device_in_words
 from red.evaluate import exact_match, forced_exact_match, text_quality
 from red.example.corpus import easy_documents, easy_perplexity_limit
 from red.example.rich_corpus import KINDS, LEVELS, problems

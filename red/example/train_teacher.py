@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from red.demo.record import commit, device
+from red.report.provenance import commit, device
 from red.evaluate import exact_match, text_quality
 from red.example.corpus import documents, easy_documents, easy_perplexity_limit, problems, tokenized
 from red.example.tokenizer import build_tokenizer

@@ -24,7 +24,7 @@ class Forecast:
     device_bytes: int
 
     def __str__(self) -> str:
-        minutes = "" if self.seconds is None else f", about {_duration(self.seconds)} at this device's measured rate"
+        minutes = "" if self.seconds is None else f", about {duration(self.seconds)} at this device's measured rate"
         return (f"{self.flops / 1e12:.3g} TFLOP{minutes}; {self.host_bytes / GIB:.2g} GiB on the host, "
                 f"{self.device_bytes / GIB:.2g} GiB on the device beside the teacher")
 
@@ -70,9 +70,9 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
     return Forecast(flops, None if rate is None else flops / rate, int(host), int(device))
 
 
-def measured_rate(device: torch.device | str, size: int = 1024) -> float:
-    """Floating-point operations a second of one fp32 matrix product of `size`³, the best of a few within about a tenth of a second."""
-    a = torch.ones(size, size, device=device)  # not random: the caller's generator stays where it is
+def measured_rate(device: torch.device | str, size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations a second of one matrix product in `dtype` of `size`³, the best of a few within about a tenth of a second."""
+    a = torch.ones(size, size, device=device, dtype=dtype)  # not random: the caller's generator stays where it is
     best, spent = float("inf"), 0.0
     while spent < 0.1:
         _wait(device)
@@ -89,5 +89,6 @@ def _wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, such as 90 s, 5 min or 3.2 h."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

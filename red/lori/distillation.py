@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import logging
 
 from red.checkpoint_folders import last_checkpoint, students_place
 from red.data import pad_id
 from red.errors import REDError
 from red.lori.adapters import with_adapters
-from red.lori.config import LoRiConfig
 from red.lori.checkpoints import ROWS, require_same_run, settings_of
+from red.lori.config import LoRiConfig
 from red.lori.data import encode_rows, load_rows, rows_hash
 from red.lori.model import LatentModel, add_special_tokens, special_ids
 from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
+from red.report.recording import Record, leftovers
 from red.settings import build_config
 
 logger = logging.get_logger(__name__)
@@ -69,14 +75,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if teacher is None or source is None:
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
-    path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES,))
+    path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
     if resume:  # before the teacher is read
         resume = resume if resume is not True else last_checkpoint(config.output_dir)
         require_same_run(resume, settings_of(config))
     columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
     rows = load_rows(source, **columns)
     held_out = None if eval_data is None else load_rows(eval_data, **columns)
+    record = Record(config, "lori", resumed=bool(resume))
     teacher, tokenizer = _teacher(teacher, tokenizer, config)
+    record.teacher(teacher)
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
@@ -97,11 +105,13 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     model.model = with_adapters(model.model, config)
     trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
                           trajectories=trajectories, pad=pad_id(tokenizer), bot=bot, eot=eot, callbacks=callbacks)
+    record.latent(trainer, source)
     metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if held_out is not None:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
         trainer.export(path, teacher=name)
+        record.finish(metrics=metrics, exported=path)
     trainer.accelerator.wait_for_everyone()
     return LoRiResult(model, path, metrics, trainer)
 

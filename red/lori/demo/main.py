@@ -13,7 +13,6 @@ from statistics import fmean
 import torch
 from transformers.utils import logging as transformers_logging
 
-from red.demo import record
 from red.demo.folder import OutputFolder
 from red.errors import REDError
 from red.lori.data import encode_rows
@@ -23,6 +22,7 @@ from red.lori.demo.problems import ANSWER_PREFIX, NUMBERS, problems
 from red.lori.files import load
 from red.lori.model import special_ids
 from red.lori.trajectories import stream
+from red.report import provenance
 
 LABELS = {"explicit_cot": "explicit CoT (teacher)", "no_cot": "no CoT", "coconut": "COCONUT", "codi": "CODI, offline teacher", "codi_joint": "CODI, joint",
           "lori": "LoRi", "lori_no_anchor": "LoRi without anchor", "lori_no_second_order": "LoRi without 2nd order"}
@@ -71,10 +71,10 @@ def run_demo(output_dir: str | Path = "runs/demo-lori", *, methods: Sequence[str
                     for seed in (seeds if method != "explicit_cot" else seeds[:1])]
             results[method] = summary(runs)
             log(line(method, results[method]))
-        found = {"methods": results, "low_rank": low_rank(folder.staging / "spectrum.svg"), "versions": record.versions(), "commit": record.commit(),
-                 "device": record.device("cpu"), "seconds": time.perf_counter() - began}
+        found = {"methods": results, "low_rank": low_rank(folder.staging / "spectrum.svg"), "versions": provenance.versions(), "commit": provenance.commit(),
+                 "device": provenance.device("cpu"), "seconds": time.perf_counter() - began}
         shutil.rmtree(folder.staging / "cache", ignore_errors=True)
-        record.write_json(folder.staging / "results.json", found)
+        provenance.write_json(folder.staging / "results.json", found)
         folder.publish()
     except BaseException:
         folder.discard()

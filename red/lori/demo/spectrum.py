@@ -14,9 +14,9 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from red.demo.plots import ROLES, STYLE, plt, svg
 from red.files import atomic_write_text
 from red.lori.subspace import GramStream, rank_of
+from red.report.drawing import ROLES, STYLE, plt, svg
 
 ENERGY = 0.9
 

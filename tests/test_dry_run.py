@@ -1,0 +1,177 @@
+"""`red distill --dry_run`: it tells what the training really does, without a weight being read or a file written."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from test_chat import MARKED, TALK
+from tiny_models import build_tiny_model, build_tiny_tokenizer
+from tiny_training import make_trainer
+
+from red import dry_run
+from red.cli import main
+from red.config import REDConfig
+from red.data import IGNORE, load_examples
+
+SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
+                save_strategy="no", calibration_samples=4)
+
+
+def document(row: int) -> str:
+    return " ".join(f"w{4 + (7 * row + place * place) % 60}" for place in range(4 + row % 15))
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    """A teacher whose weights cannot be read, with its tokenizer, and a text."""
+    build_tiny_model("llama").save_pretrained(tmp_path / "teacher")
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = MARKED
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{4 + row} w5", "completion": f" {document(row)}"}) for row in range(50)))
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": [*TALK, {"role": "assistant", "content": f"w{40 + row}"}]}) for row in range(20)))
+    (tmp_path / "text.txt").write_text("\n".join(map(document, range(60))))
+    return tmp_path
+
+
+def told(folder, capsys, **settings) -> str:
+    """What the command prints; nothing may appear or change."""
+    (config := folder / "run.json").write_text(json.dumps({**SETTINGS, "teacher_model_name_or_path": str(folder / "teacher"), "output_dir": str(folder / "run"), **settings}))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["distill", "--config", str(config), "--dry-run"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "a dry run writes nothing"
+    return capsys.readouterr().out
+
+
+def shown(text: str) -> list[tuple[str, bool]]:
+    """The words of the printed row, and whether each counts in the loss."""
+    words, learnt = [], True
+    for piece in re.split(r"([⟦⟧])", "".join(line.partition("│ ")[2] + " " for line in text.splitlines() if "│ " in line)):
+        learnt = piece != "⟦" if piece in ("⟦", "⟧") else learnt
+        words += [(word, learnt) for word in piece.split() if piece not in ("⟦", "⟧")]
+    return words
+
+
+@pytest.mark.parametrize("file, settings", [
+    ("text.txt", {}), ("text.txt", dict(seed=5, gradient_accumulation_steps=2)), ("text.txt", dict(data_seed=3)), ("text.txt", dict(packing=False)),
+    ("text.txt", dict(train_sampling_strategy="sequential")), ("pairs.jsonl", {}), ("talks.jsonl", dict(assistant_only_loss=True)), ("text.txt", dict(streaming=True)),
+], ids=str)
+def test_the_first_row_is_the_one_that_is_trained_on_first(folder, tmp_path, capsys, file, settings):
+    settings = {"max_steps": 1, **settings}
+    text = told(folder, capsys, train_file=str(folder / file), **settings)
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = MARKED
+    given = {**SETTINGS, **settings, "start": "activation"}
+    source = str(folder / file) if settings.get("streaming") else load_examples(folder / file, tokenizer, assistant_only_loss=settings.get("assistant_only_loss", False))
+    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", source, **given) if not settings.get("streaming") else _streaming(tmp_path / "real", source, tokenizer, given)
+    trainer.train()
+    row = {key: value[0].tolist() for key, value in trainer.seen[0].items()}
+    used = sum(row["token_mask"])
+    words = tokenizer.convert_ids_to_tokens(row["input_ids"][:used])
+    assert shown(text) == [(word, label != IGNORE) for word, label in zip(words, row["labels"][:used], strict=True)]
+    assert f"{used:,} tokens and" in re.sub(r"documents? of ", "", text) and len(words) > 3
+    assert f"{sum(label != IGNORE for label in row['labels'])} tokens count in the loss" in text
+
+
+def _streaming(folder, source, tokenizer, given):
+    from tiny_training import RecordingTrainer, settings_of
+
+    return RecordingTrainer(build_tiny_model("llama"), REDConfig(**settings_of(folder, **given)), train_dataset=source, processing_class=tokenizer)
+
+
+def test_the_plan_is_what_the_training_has(folder, tmp_path, capsys):
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), num_train_epochs=1.5, gradient_accumulation_steps=2, save_strategy="steps", save_steps=4)
+    examples = load_examples(folder / "text.txt", build_tiny_tokenizer())
+    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", examples, **{**SETTINGS, "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "start": "activation"})
+    trainer.train()
+    teacher, student = build_tiny_model("llama").num_parameters(), trainer.student.num_parameters()
+    trained = sum(factor.master.numel() for factor in trainer.projections)
+    rows = len(trainer.train_dataset)
+    table = {line.strip().split("  ")[0]: line.split()[-3:] for line in text.splitlines() if line.startswith("  ")}
+    assert table["parameters"] == [f"{teacher:,}", f"{student:,}", f"({student / teacher:.0%})"] and table["hidden size"][-2:] == ["32", "16"]
+    assert f"{trained:,} parameters" in text
+    assert f"{trainer.train_dataset.num_tokens:,} tokens in {rows} rows of 24" in text
+    assert f"{trainer.state.global_step} steps, {trainer.state.global_step * 6 * 24:,} tokens" in text
+    for words in ("fitted, start_fit=full, calibrated on the first 4 rows of 24 tokens", "s a step", "checkpoint-N every 4 steps, start.safetensors",
+                  str(folder / "run" / "student"), "GiB free (cpu)"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("rows, settings, steps", [(10, {}, 12), (10, dict(dataloader_drop_last=True), 9), (None, {}, None), (None, dict(max_steps=7), 7), (2, dict(gradient_accumulation_steps=4), 3)])
+def test_steps(tmp_path, rows, settings, steps):
+    assert dry_run.steps_of(REDConfig(**{**SETTINGS, "output_dir": str(tmp_path), **settings}), rows) == steps
+
+
+def test_a_big_text_is_not_read_whole(folder, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "SMALLEST", 10)
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), token_cache_dir=str(folder / "cache"))
+    assert "not counted here" in text and "3 epochs; 72 tokens a step" in text
+    assert [word for word, _ in shown(text)][:4] == document(0).split()[:4], "the text's beginning"
+    assert "s a step" in told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
+
+
+def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys):
+    (folder / "calibration.safetensors").write_text("")
+    (folder / "start.safetensors").write_text("")
+    config = dry_run.REDConfig(**{**SETTINGS, "teacher_model_name_or_path": str(folder / "teacher"), "train_file": str(folder / "text.txt"), "output_dir": str(folder / "run"),
+                                  "start": str(folder / "start.safetensors")})
+    assert f"statistics from {folder}/calibration.safetensors" in dry_run.dry_run(config, calibration=folder / "calibration.safetensors")
+    assert f"start     {folder}/start.safetensors, start_fit=none" in dry_run.dry_run(config)
+    (folder / "run" / "checkpoint-3").mkdir(parents=True)
+    assert f"goes on from {folder}/run/checkpoint-3" in dry_run.dry_run(config, resume=folder / "run" / "checkpoint-3")
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(hidden_size=15), "hidden_size=15 is not a multiple of num_attention_heads=4"), (dict(start="pcaa"), "start='pcaa'"), (dict(streaming=True), "A stream has no end"),
+    (dict(streaming=True, max_steps=3, packing=False), "packing=False pads"), (dict(output_dir="teacher"), "is not empty"), (dict(train_file=None), "needs a teacher and training data"),
+    (dict(max_length=5000), "less than one sequence of max_length=5000"), (dict(text_column="body", train_file="rows.jsonl"), "columns text"),
+    (dict(resume_from_checkpoint="x"), "red distill --resume"), (dict(dataset_name="x"), "train_file is given too"),
+])
+def test_what_training_would_refuse_is_refused(folder, capsys, settings, message):
+    (folder / "rows.jsonl").write_text('{"text": "w5 w6"}\n')
+    settings = {name: str(folder / value) if name in ("output_dir", "train_file") and value else value for name, value in settings.items()}
+    given = {**SETTINGS, "teacher_model_name_or_path": str(folder / "teacher"), "output_dir": str(folder / "run"), "train_file": str(folder / "text.txt"), **settings}
+    (folder / "run.json").write_text(json.dumps(given))
+    for more in (["--dry_run"], []):  # the run itself refuses it too, before it finds that the weights cannot be read
+        if more or message not in ("less than one sequence of max_length=5000", "columns text"):
+            assert main(["distill", "--config", str(folder / "run.json"), *more]) == 2
+            assert message in capsys.readouterr().err
+    assert not (folder / "run").exists()
+
+
+def test_nothing_that_a_terminal_obeys_is_printed():
+    class Letters:
+        def decode(self, ids, **_):
+            return "".join(map(chr, ids))
+
+    assert dry_run._marked([27, 91, 65, 10, 66], [IGNORE, 1, 1, 1, 1], Letters()) == "⟦\\x1b⟧[A\nB"
+    long = dry_run._marked([97] * 2000, [1] * 2000, Letters())
+    assert len(long) == dry_run.HEAD + dry_run.TAIL + 3 and " … " in long
+
+
+# ---- red lori --dry_run ----
+
+@pytest.mark.parametrize("preset, between", [("lori", "5 latent steps"), ("explicit_cot", "7 9"), ("no_cot", "nothing")])
+def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, between):
+    from tiny_lori import PREFIX, number_tokenizer
+
+    build_tiny_model("llama").save_pretrained(tmp_path / "teacher")
+    number_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": "table 3", "steps": ["7", "9"], "answer": str(row)}) for row in range(10)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    given = ["lori", "--teacher_model_name_or_path", tmp_path / "teacher", "--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run", "--answer_prefix", PREFIX,
+             "--preset", preset, "--use_cpu", "--per_device_train_batch_size", "4", "--dry-run"]
+    assert main([str(word) for word in given]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    text = capsys.readouterr().out
+    assert f"between   {between}\n" in text and "question  table 3\n" in text and "answer    answer : 0 <eos>" in text
+    for words in ("llama, 2 layers of width 32", "10 problems, the longest of 8 tokens", "9 steps of 4 problems", f"preset {preset}: target="):
+        assert words in text, words
+    for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
+        assert main([str(word) for word in [*given, *more]]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 0
