@@ -1,5 +1,8 @@
 # make demo    the embedded example, end to end; report in runs/demo/report.html
 # make test    all tests
+# make check   ruff and pyrefly alone (the tests run them too)
+# make wheel   the sdist and the wheel in dist/, tried in an environment without a compiler
+# make docs    the documentation's site, in build/docs
 # make bench   the benchmarks of the ops
 # make clean   removes the virtual environment and build outputs; never runs/
 #
@@ -27,7 +30,7 @@ if ! "$$found" -c 'import venv, ensurepip' >/dev/null 2>&1; then \
 fi
 endef
 
-.PHONY: demo test bench setup clean
+.PHONY: demo test check docs bench wheel setup clean
 
 setup: $(STAMP)
 
@@ -54,8 +57,21 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# -n: every cross-reference must be found. Nothing is fetched.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
 bench: $(STAMP)
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest benchmarks --benchmark-only
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	.ci/try_wheel dist $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info red_kernels/_csrc.so

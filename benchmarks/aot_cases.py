@@ -64,9 +64,9 @@ def linear_kd(vocabulary: int, width: int, dtype: torch.dtype, divergence: str =
 
 CASES: dict[str, dict[str, Callable[[], object]]] = {  # op → what is special → call
     "covariance": {
-        "bf16 3072": lambda: covariance(3072, BF16),
         "bf16 8192, scale, mask": lambda: covariance(8192, BF16, scaled=True),
         "fp16 4096, scale, mask": lambda: covariance(4096, torch.float16, scaled=True),
+        "bf16 3072": lambda: covariance(3072, BF16),
         "fp32 151, scale, mask": lambda: covariance(151, FP32, scaled=True),
         "fp32 2048": lambda: covariance(2048, FP32),
     },

@@ -124,7 +124,7 @@ def liger(build: Callable[[], Callable], **options) -> Rival:
     if not GPU:
         return Rival(None, why_not="on a GPU only")
 
-    def run(*inputs, made=[]):  # noqa: B006: built at the first call, once
+    def run(*inputs, made=[]):  # noqa: B006 - built at the first call, once
         made or made.append(build())
         return made[0](*inputs)
 

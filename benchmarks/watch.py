@@ -5,6 +5,7 @@ Marks are CUDA events on a GPU, read when all is over, so that watching does not
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import statistics
@@ -74,7 +75,7 @@ class Watch:
         synchronise()
         spans: dict[str, list[list[float]]] = {name: [[] for _ in range(self.done)] for name in ("micro", "update", "between", "step")}
         step, began = 0, None
-        for (name, at), (following, then) in zip(self._marks, self._marks[1:]):
+        for (name, at), (following, then) in itertools.pairwise(self._marks):
             seconds = at.elapsed_time(then) / 1e3 if GPU else then - at
             if name == "end":
                 step += 1

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except REDError as error:
         return _refuse(str(error))
     except Terminated as stop:
-        return stop.code  # the trainer said what it saved
+        return stop.code  # the trainer said what it saved  # pyrefly: ignore[bad-return]
     except click.Abort as stop:  # click's name for Ctrl-C, and for a file that ends too early
         if isinstance(stop.__cause__, EOFError):
             raise stop.__cause__ from None

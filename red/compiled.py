@@ -63,7 +63,8 @@ class _Watched:
     """What the hooks of one model's layers put aside."""
 
     def __init__(self, taps: list[Tap]):
-        self.taps, self.aside, self.handler = taps, [], None
+        self.taps, self.aside = taps, []
+        self.handler: Callable[[Tap, Tensor, Tensor], None] | None = None
 
     def put_aside(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.aside.append((args[0], output))

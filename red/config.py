@@ -110,7 +110,7 @@ class REDConfig(TrainingArguments):
         if self.checkpointing == "none" and self.gradient_checkpointing:
             self.checkpointing = "full"
         if self.gradient_checkpointing:  # the reentrant kind runs the layers without a graph, so the taps would train nothing
-            kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            kwargs = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name; older transformers lack one
                 if hasattr(self, name):
                     setattr(self, name, kwargs)
@@ -162,7 +162,7 @@ class REDConfig(TrainingArguments):
         require(self.start_fit in (None, "none", "readers", "full"), "start_fit", "use none, readers or full")
         for name in ("fit_reader_ridge", "fit_writer_ridge"):
             require(getattr(self, name) > 0, name, "must be above 0; 1e-4 is usual")
-        require(not (self.gradient_checkpointing and self.gradient_checkpointing_kwargs["use_reentrant"]), "gradient_checkpointing_kwargs",
+        require(not (self.gradient_checkpointing and dict(self.gradient_checkpointing_kwargs)["use_reentrant"]), "gradient_checkpointing_kwargs",
                 "the taps need use_reentrant=False")
         require(not self.remove_unused_columns, "remove_unused_columns", "must stay False; it would drop the token mask of the packed rows")
         require(self.label_smoothing_factor == 0, "label_smoothing_factor", "must be 0; the teacher's distribution is the smoothing here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,9 @@ from red.settings import build_config
 from red.streaming import require_max_steps
 from red.trainer import REDTrainer
 
+if TYPE_CHECKING:
+    from red.lori.distillation import LoRiResult
+
 
 @dataclass
 class DistillResult:
@@ -33,7 +37,7 @@ class DistillResult:
 
 def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None, *, tokenizer: PreTrainedTokenizerBase | None = None,
             eval_data=None, calibration: Calibration | str | Path | None = None, config: REDConfig | None = None, callbacks=None,
-            resume: bool | str | Path = False, method: str = "red", **settings) -> DistillResult:
+            resume: bool | str | Path = False, method: str = "red", **settings) -> DistillResult | LoRiResult:
     """Distil `teacher` into a student of width `hidden_size` and export it to `output_dir/student`.
 
     Args:
@@ -44,7 +48,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         calibration: a Calibration or its file; None calibrates on the first training rows.
         config: a REDConfig; or give its fields as keyword `settings`, never both.
         resume: True goes on from the last checkpoint in `output_dir` that is whole; a path from that checkpoint.
-        method: "red", or "lori": latent reasoning, see `red.lori.distill`, which takes the same arguments but the calibration.
+        method: "red", or "lori": latent reasoning, see `red.lori.distill`, which takes the same arguments but the calibration, and returns its own result.
 
     Raises:
         REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `REDTrainer.train`.
@@ -134,7 +138,7 @@ def _checked_tokenizer(given: PreTrainedTokenizerBase | None, teacher: str | Pat
 
 def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)  # pyrefly: ignore[bad-return] - it raises rather than return None
     except Exception as error:  # tokenizers raises bare ones
         raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
 

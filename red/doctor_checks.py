@@ -135,11 +135,11 @@ def loss(teacher: PreTrainedModel, batch: dict[str, Tensor], width: int, config:
     hidden, targets, head = hidden[chosen], targets[chosen], _head(teacher)
     settings = dict(temperature=config.temperature, divergence=config.divergence, beta=config.jsd_beta, ce_weight=config.ce_weight, kl_weight=config.kl_weight)
 
-    def fused(*tensors: Tensor) -> Tensor:
-        return linear_kd(*tensors, targets, chunk_size=config.loss_chunk_size, **settings).loss
+    def fused(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        return linear_kd(student, student_head, teacher, teacher_head, targets, chunk_size=config.loss_chunk_size, **settings).loss
 
-    def dense(*tensors: Tensor) -> Tensor:
-        return plain_loss(*tensors, targets, **settings)
+    def dense(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        return plain_loss(student, student_head, teacher, teacher_head, targets, **settings)
 
     def run(function, dtype: torch.dtype) -> list[Tensor]:
         student = [tensor[:, :width].to(dtype).detach().clone().requires_grad_() for tensor in (hidden, head)]

@@ -62,7 +62,7 @@ def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4
             streams.append([state[keep] for state in seen])
             if on_progress:
                 on_progress(len(part))
-    return _eranks([torch.cat(layer)[:max_tokens] for layer in zip(*streams)])
+    return _eranks([torch.cat(layer)[:max_tokens] for layer in zip(*streams, strict=True)])
 
 
 def stream_eranks(model, batch: dict[str, Tensor], *, max_tokens: int) -> list[float]:

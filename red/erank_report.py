@@ -98,12 +98,12 @@ def table(found: Sequence[ModelRanks]) -> str:
     names = _short([one.name for one in found])
     widths = [max(len(name), 14) for name in names]
     lines = [f"Effective rank of {len(found)} models, and its share of {names[0]}'s", ""]
-    lines += [f"{label:>12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths)) for label, cells in (
+    lines += [f"{label:>12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for label, cells in (
         ("", names), ("hidden size", [one.hidden_size for one in found]), ("tokens", [one.tokens for one in found]))]
     lines.append("")
     for layer in range(max(len(one.erank) for one in found)):
         cells = [_cell(one, found[0], layer) for one in found]
-        lines.append(f"{'embedding' if layer == 0 else f'layer {layer}':>12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths)))
+        lines.append(f"{'embedding' if layer == 0 else f'layer {layer}':>12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     if len({one.tokens for one in found}) > 1:
         lines += ["", "The models read different numbers of tokens, and an eRank grows with them: these columns cannot be compared."]
     if any(math.isnan(value) for one in found for value in one.erank):
@@ -138,7 +138,7 @@ def figure(found: Sequence[ModelRanks]) -> str:
 
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(6.4, 3.6))
-        for place, (one, name) in enumerate(zip(found, _short([one.name for one in found]))):
+        for place, (one, name) in enumerate(zip(found, _short([one.name for one in found]), strict=True)):
             role, line = ("teacher", (0, (5, 3))) if place == 0 else (f"start{(place - 1) % 8}", "-")
             axes.plot(range(len(one.erank)), one.erank, color=ROLES[role], linestyle=line, marker=MARKERS[place % len(MARKERS)], label=f"{name} (width {one.hidden_size})")
         axes.set_ylim(bottom=0)

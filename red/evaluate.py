@@ -36,7 +36,7 @@ def exact_match(model, tokenizer, problems: Sequence, *, batch_size: int = 256) 
         `{"exact_match": mean over the step counts, "exact_match_by_steps": {"2": share, …}}`.
     """
     given = generate_answers(model, tokenizer, problems, batch_size=batch_size)
-    return _by_steps(problems, [words(text) == words(problem.answer) for text, problem in zip(given, problems)])
+    return _by_steps(problems, [words(text) == words(problem.answer) for text, problem in zip(given, problems, strict=True)])
 
 
 def forced_exact_match(model, tokenizer, problems: Sequence, *, batch_size: int = 256) -> dict:
@@ -72,7 +72,7 @@ def generate_answers(model, tokenizer, problems: Sequence, *, batch_size: int = 
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, num_beams=1, use_cache=True,
                 temperature=None, top_p=None, top_k=None, eos_token_id=ends or None, pad_token_id=pad_id(tokenizer),
             )[:, ids.shape[1] :].tolist()
-            for i, row in zip(chosen, said):
+            for i, row in zip(chosen, said, strict=True):
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
                 texts[i] = tokenizer.decode(row[:stop]).strip()  # with special tokens: one in the middle of an answer is wrong
     return texts

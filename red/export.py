@@ -131,7 +131,7 @@ def _dtype(wanted: torch.dtype | str | None, own: torch.dtype) -> torch.dtype:
     names = ("float32", "bfloat16", "float16", "float64")
     wanted = own if wanted is None else wanted
     dtype = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
-    if dtype not in [getattr(torch, name) for name in names]:
+    if not isinstance(dtype, torch.dtype) or dtype not in [getattr(torch, name) for name in names]:
         raise REDError(f"dtype={wanted!r} cannot be exported; use one of {', '.join(names)}.")
     return dtype
 

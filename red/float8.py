@@ -28,7 +28,7 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 class Float8Linear(nn.Linear):
     """What a linear layer of the teacher becomes for a step; it has no state of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         rows, weight = x.reshape(-1, x.shape[-1]), self.weight
         found = product(*quantised(rows), *quantised(weight), weight.dtype if weight.dtype != torch.float64 else torch.float32)
         found = found if self.bias is None else found + self.bias

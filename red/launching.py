@@ -48,7 +48,9 @@ def requested_sharding(fsdp, fsdp_config: str | dict | None) -> Sharding | None:
     if unknown:
         raise REDError(f"fsdp={fsdp!r}: red knows {', '.join(WORDS)} (FSDP2; nothing is kept on the host, no replicas of shards). Give one of these.")
     options = {name: os.environ[f"FSDP_{name.upper()}"] for name in OPTIONS if launched and f"FSDP_{name.upper()}" in os.environ}
-    options |= {"reshard_after_forward": WORDS[word] for word in words if WORDS[word] is not None}
+    for word in words:
+        if WORDS[word] is not None:
+            options["reshard_after_forward"] = WORDS[word]
     options |= {name.removeprefix("fsdp_"): value for name, value in _read(fsdp_config).items()}
     for name in options.keys() - set(OPTIONS):
         raise REDError(f"fsdp_config has {name!r}, which red does not know; it reads {', '.join(OPTIONS[:2])}. Leave it out.")
@@ -75,9 +77,12 @@ def _read(fsdp_config: str | dict | None) -> dict:
     if not isinstance(fsdp_config, str):
         return dict(fsdp_config or {})
     try:
-        return json.loads(fsdp_config if fsdp_config.lstrip().startswith("{") else Path(fsdp_config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise REDError(f"fsdp_config={fsdp_config!r} cannot be read: {error}. Give a JSON file.") from error
+        found = json.loads(fsdp_config if fsdp_config.lstrip().startswith("{") else Path(fsdp_config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise REDError(f"fsdp_config={fsdp_config[:200]!r} cannot be read: {error}. Give a JSON file.") from error
+    if not isinstance(found, dict):
+        raise REDError(f"fsdp_config={fsdp_config[:200]!r} holds a {type(found).__name__}, not an object. Give a JSON file with names and values.")
+    return found
 
 
 def _true(value) -> bool:

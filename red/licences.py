@@ -131,7 +131,7 @@ def _folder(teacher: str | Path) -> Path | None:
 
     try:
         return Path(snapshot_download(str(teacher), allow_patterns=[*PATTERNS, "README.md"]))
-    except Exception as error:  # a network has many ways to fail, and a student that is trained must be written
+    except Exception as error:  # noqa: BLE001 - a network has many ways to fail, and a student that is trained must be written
         logger.warning(f"The licence of {teacher} could not be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return None
 

@@ -63,7 +63,7 @@ def speed_rows(it: Plan) -> list[list[str]]:
         cells("GB received a step", lambda one: f"{one.traffic.bytes / 1e9:.1f}"),
         cells("seconds of that", lambda one: f"{one.traffic.seconds:.3f}"),
         cells("seconds of compute", lambda one: f"{one.compute:.3f}"),
-        cells("share that computes", lambda one: span(*one.efficiency, "{:.0%}".format)),
+        cells("share that computes", lambda one: span(one.efficiency[0], one.efficiency[1], "{:.0%}".format)),
         cells("tokens/s a GPU", lambda one: f"{one.tokens_per_second:,.0f}"),
         cells(f"hours for {billions(it.settings['tokens'])} tokens", lambda one: span(one.hours, one.hours_apart, duration)),
     ]
@@ -120,8 +120,8 @@ def duration(hours: float) -> str:
 
 
 def span(low: float, high: float, form: Callable[[float], str]) -> str:
-    low, high = form(low), form(high)
-    return low if low == high else f"{low}–{high}"
+    least, most = form(low), form(high)
+    return least if least == most else f"{least}–{most}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

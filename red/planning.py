@@ -111,6 +111,8 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
     from red.export import check_width
 
     config = config_of(teacher)
+    for name in LARGEST:
+        _require_size(name, getattr(config, name, None))
     check_width(config, hidden_size)
     for name, value, allowed in (("sharding", sharding, ("full", "none")), ("checkpointing", checkpointing, ("none", "cheap", "full")),
                                  ("student_dtype", student_dtype, ("bfloat16", "float32")), ("tap_target", tap_target, ("gather", "projected"))):
@@ -132,6 +134,15 @@ def plan(teacher, hidden_size: int, *, gpu: str = "H100", gpus: int = 1, per_dev
                 [_placement(sizes, hidden_size, card, count, options) for count in counts])
 
 
+LARGEST = {"num_hidden_layers": 10**4, "hidden_size": 10**6, "intermediate_size": 10**7, "num_attention_heads": 10**5, "num_key_value_heads": 10**5,
+           "head_dim": 10**5, "vocab_size": 10**8}  # beyond these a config is damaged, and arithmetic on it need not end
+
+
+def _require_size(name: str, value) -> None:
+    if value is not None and not (type(value) is int and 1 <= value <= LARGEST[name]):
+        raise REDError(f"{name}={value!r} in the teacher's config is no size; expected 1 to {LARGEST[name]}. Get its config.json again.")
+
+
 def config_of(teacher):
     """The transformers config of what `plan` takes for a teacher; a shape of the table needs neither network nor files."""
     from huggingface_hub.errors import StrictDataclassError
@@ -145,8 +156,11 @@ def config_of(teacher):
     path, shape = Path(teacher), known_shape(str(teacher))
     if path.is_file():
         try:
-            config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for name in set(LARGEST) & set(found):  # before a list as long as the layers is made
+                _require_size(name, found[name])
+            config = AutoConfig.for_model(**found)
+        except (ValueError, TypeError, ZeroDivisionError, OverflowError, RecursionError, StrictDataclassError) as error:
             raise REDError(f"{teacher} is no model's config.json: {error}. Give the file that lies beside the teacher's weights.") from error
         return config_of(config)
     if shape is not None and not path.is_dir():

@@ -98,7 +98,7 @@ def check(folder: str, reference: str) -> dict:
 def main(arguments: list[str]) -> int:
     try:
         found = check(*arguments)
-    except Exception as error:  # whatever stops another tool from loading it is the answer
+    except Exception as error:  # noqa: BLE001 - whatever stops another tool from loading it is the answer
         found = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(found))
     return 0

@@ -52,7 +52,7 @@ def load_teacher(name_or_path: str | Path, dtype: str = "auto", device: torch.de
     return model
 
 
-def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict]:
+def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> data.PackedDataset:
     """Rows for the trainer; a source whose rows carry a `token_mask` is packed already and passes through."""
     if isinstance(source, data.PackedDataset):
         data.check_packed(source, teacher.config.vocab_size)
@@ -68,7 +68,7 @@ def pack_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTra
     return cached(build, source, tokenizer, config.token_cache_dir, **reading, packing=config.packing, vocab_size=vocab_size, pad_token_id=pad)
 
 
-def training_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict] | PackedStream:
+def training_rows(source, tokenizer: PreTrainedTokenizerBase | None, teacher: PreTrainedModel, config: REDConfig) -> Sequence[dict] | data.PackedDataset | PackedStream:
     """`pack_rows`; or with `streaming`, and of an IterableDataset, rows that are packed while they are taken."""
     if isinstance(source, PackedStream):
         if (source.rank, source.world_size) != (config.process_index, config.world_size):

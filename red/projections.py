@@ -166,10 +166,10 @@ class Projections:
                 factor.bias.grad = None
         self.pulled = False
 
-    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor | None]:
         """Masters by the student parameter's name, plus `channels` for selection starts; contiguous, detached, not copied.
 
-        Sharded ones are gathered one by one, to the CPU, so every rank calls it; `keep=False` where another rank wants them.
+        Sharded ones are gathered one by one, to the CPU, so every rank calls it; `keep=False`, where another rank wants them, gives None.
         """
         state = {factor.name: factor.saved(keep) for factor in self.factors}
         return state if self.channels is None else {**state, "channels": self.channels}

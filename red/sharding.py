@@ -103,7 +103,7 @@ def shard_projections(projections: Projections, teacher: PreTrainedModel, mesh: 
 
     def sharded(factor: Factor) -> ShardedFactor:
         bias = factor.name.removesuffix("weight") + "bias"
-        found = {"master": nn.Parameter(distributed(factor.master.detach(), mesh)), "weight": target[factor.name]}
+        found: dict[str, Tensor] = {"master": nn.Parameter(distributed(factor.master.detach(), mesh)), "weight": target[factor.name]}
         if factor.teacher is not None:
             found["teacher"] = source[factor.name].detach()
         if factor.bias is not None:

@@ -72,7 +72,11 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         tqdm.write(f"start={config.start}, start_fit={fit}: {start_cost(config, teacher.config, tokens, teacher.dtype.itemsize)}")
     with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
         context = _context(teacher, config, calibration, batches)
-        context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
+        def shared(share: float) -> None:
+            bar.set_postfix_str(f"explained {share:.4f}", refresh=False)
+            bar.update()
+
+        context.on_step = shared
         found = start(context)
     with tqdm(desc="fitting the start", disable=quiet, leave=False) as bar:
         def show(done: int, total: int, report: str) -> None:

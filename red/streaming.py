@@ -84,7 +84,7 @@ class PackedStream(IterableDataset):
         for row, _ in self.rows():
             yield row
 
-    def rows(self) -> Iterator[tuple[dict[str, Tensor], Place]]:
+    def rows(self) -> Iterator[tuple[dict[str, Tensor], Place | None]]:
         """This rank's rows from the loaded state on, each with the place where the next one begins."""
         blocks = _Blocks(self, self.rank, self.world_size, self.layouts, self.state)
         loader = DataLoader(blocks, batch_size=None, collate_fn=_same, num_workers=self.num_workers, worker_init_fn=_quiet,
@@ -149,7 +149,10 @@ class PackedStream(IterableDataset):
             if (then := state["facts"].get(name)) != now:
                 raise REDError(f"The run was reading another stream: {name} was {then!r} and is {now!r}. Resume with the same text and settings, "
                                "or begin a new run.")
-        self.layouts = [[tuple(place) for place in layout] for layout in state["layouts"]]
+        layouts = [[tuple(place) for place in layout] for layout in state["layouts"]]
+        if not all(layout and all(len(place) == 3 and all(type(number) is int and number >= 0 for number in place) for place in layout) for layout in layouts):
+            raise ValueError("layouts must be lists of [pass, block, piece], one for each process")
+        self.layouts = layouts
         self.state = state["source"]
 
 
@@ -228,7 +231,7 @@ def _collate(collator, items: list[tuple[dict, Place]]) -> dict:
 class StreamLoading:
     """What a Trainer needs to train on a PackedStream and go on in its middle: the batches carry their place, and a checkpoint keeps all ranks'."""
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self):
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
         self.args.ignore_data_skip = True  # the stream begins where the checkpoint says; Trainer would read and drop what lies before it

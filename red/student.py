@@ -32,7 +32,7 @@ def build_student(teacher: PreTrainedModel, hidden_size: int, *, dtype: torch.dt
     device, dtype = teacher.device, dtype or teacher.dtype
     config = student_config(teacher.config, hidden_size)
     with torch.random.fork_rng(devices=[]):  # the throw-away initialisation must not move the caller's generator
-        student = type(teacher)(config).to(device=device, dtype=dtype)
+        student = type(teacher)(config).to(device=device, dtype=dtype)  # pyrefly: ignore[missing-argument]
     # torch keeps the gradient of `padding_idx` at zero; where pad is eos, as in many tokenizers, eos would never learn
     student.get_input_embeddings().padding_idx = None
     student.generation_config = copy.deepcopy(teacher.generation_config)

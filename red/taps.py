@@ -57,7 +57,8 @@ class Taps:
         self.teacher, self.student, self.projections, self.target, self.detach_target = teacher, student, projections, target, detach_target
         self.mean_square = mean_square
         self.compiled: CompiledLayers | None = None  # whose layers then report their taps themselves
-        self._mode, self._targets, self._losses, self._handles = None, {}, {}, []
+        self._targets, self._losses, self._handles = {}, {}, []
+        self._mode: str | None = None
         self._copied: tuple[Tensor | None, Tensor | None] = None, None
 
     @contextmanager
@@ -160,7 +161,8 @@ class Taps:
 
     def _channels(self, device: torch.device) -> Tensor:
         """The student's channels, brought to the device once: a copy from the host would wait in every tap."""
-        channels = self.projections.channels
-        if self._copied[0] is not channels or self._copied[1].device != device:
-            self._copied = channels, channels.to(device)
-        return self._copied[1]
+        channels, (source, copy) = self.projections.channels, self._copied
+        if copy is None or source is not channels or copy.device != device:
+            copy = channels.to(device)
+            self._copied = channels, copy
+        return copy

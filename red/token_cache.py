@@ -89,10 +89,10 @@ def _read(place: Path) -> PackedDataset | None:
         tokens, labels, bounds, rows = arrays.values()
         whole = len(tokens) == len(labels) == bounds[-1] == facts["tokens"] and rows[-1] == len(bounds) - 1 and bounds[0] == rows[0] == 0
         whole = whole and bool((np.diff(bounds) > 0).all() and (np.diff(rows) > 0).all())
+        if whole:
+            return PackedDataset(tokens, labels, bounds, rows, facts["length"], facts["pad_token_id"])
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, RecursionError):
-        whole = False
-    if whole:
-        return PackedDataset(tokens, labels, bounds, rows, facts["length"], facts["pad_token_id"])
+        pass  # as broken as one that is not whole
     if place.exists():
         logger.warning(f"The tokens kept in {place} are broken; they are made again.")
     return None

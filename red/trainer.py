@@ -56,7 +56,8 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         processing_class: the teacher's tokenizer; may be missing where the examples are tokenised.
         calibration: channel statistics; None takes them on the first training rows.
         projections: ready ones, of a student and start of your own; None starts them as `args` says.
-        Others as in transformers' Trainer.
+
+    The other arguments are those of transformers' Trainer.
 
     Raises:
         REDError: bad input, before any training.
@@ -187,7 +188,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
     def _watching(self):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint=None, **kwargs):  # pyrefly: ignore[bad-override] - of Trainer's, not of nn.Module's
         """As `red.reliability.Reliable.train`; out of memory it raises a REDError that says what to lower."""
         with explained(self):
             return super().train(resume_from_checkpoint, **kwargs)

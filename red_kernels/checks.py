@@ -60,7 +60,7 @@ def token_count(
     op: str,
     name: str,
     value: float | Tensor | None,
-    mask: Tensor | None,  # [...] bool
+    mask: Tensor | None,  # [...] bool; not None where `value` is
     like: Tensor,
 ) -> Tensor:  # 0-dim, in the accumulator's dtype of `like`, on its device
     """The divisor of a token mean: `value`, or the number of True in `mask`, at least 1.
@@ -69,6 +69,7 @@ def token_count(
     """
     dtype = reference.accumulator(like.dtype)
     if value is None:
+        assert mask is not None
         return mask.sum().clamp(min=1).to(dtype)
     if isinstance(value, Tensor):
         if value.dim() != 0:

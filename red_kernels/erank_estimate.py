@@ -224,17 +224,17 @@ def _sampled(alphas: Tensor, betas: Tensor, mass: Tensor, dimension: Tensor, tra
     probes = mass.shape[-1]
     estimates = []
     radau = alphas.clone()  # the last diagonal entry that gives an eigenvalue 0
-    pivot = alphas[..., 0]
+    pivot, taken = alphas[..., 0], torch.zeros_like(alphas[..., 0])
     for step in range(1, alphas.shape[-1]):
         taken = betas[..., step - 1].square() / pivot.clamp(min=1e-30)
         pivot = alphas[..., step] - taken
     radau[..., -1] = torch.minimum(taken, alphas[..., -1])
-    line = None
+    line: tuple[Tensor, ...] = ()
     for diagonal in (alphas, radau):
         matrix = torch.diag_embed(diagonal) + torch.diag_embed(betas, 1) + torch.diag_embed(betas, -1)
         nodes, vectors = torch.linalg.eigh(matrix)
         nodes, weights = nodes.clamp(min=0), vectors[..., 0, :].square() * mass[..., None]
-        if line is None:
+        if not line:
             line = _line(nodes.flatten(1), weights.flatten(1))
         offset, slope = (part[:, None] for part in line)
         left = (weights * (_function(nodes) - offset[..., None] - slope[..., None] * nodes)).sum(-1)  # [B, probes]

@@ -32,7 +32,7 @@ class _Entropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override] - torch's takes any number of gradients
         rows, vectors, r, entropy, trace = ctx.saved_tensors
         null = r <= max(rows.shape[-2:]) * torch.finfo(r.dtype).eps  # rounding of a zero
         slope = torch.where(null, 0, -(torch.where(null, 1, r).log() + entropy[..., None]) / trace)

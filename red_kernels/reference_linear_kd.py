@@ -139,7 +139,7 @@ def linear_kd(
             ce += of_ce
             kl += of_kl
             if need_grad:
-                z[block] = dz
+                z[block] = dz  # pyrefly: ignore[unsupported-operation] - a Tensor where need_grad is set
         if need_grad_hidden:
             grad_hidden[rows] = z @ weight_shown
         if need_grad_weight:

@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: the kernels then run on the CPU
 
-from tiny_models import FAMILIES, build_tiny_model, build_tiny_tokenizer  # noqa: E402
+from tiny_models import FAMILIES, build_tiny_model, build_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,7 +14,7 @@ import pytest
 from red.cli import main, red
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {name: command for name, command in red.commands.items()}
+COMMANDS = dict(red.commands)
 
 
 @pytest.fixture(autouse=True)

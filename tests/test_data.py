@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,11 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from red.data import (IGNORE, check_examples, collate, flatten, load_examples, pack, pad_id, save_examples,
-                      tokenizer_hash)
+from red.data import IGNORE, check_examples, collate, flatten, load_examples, pack, pad_id, save_examples, tokenizer_hash
 from red.errors import REDError
 
 EOS = 2
@@ -265,7 +264,7 @@ def test_no_document_sees_another(attention, family, tiny_teacher):
         packed, flat = logits(batch), logits(flatten(batch)).reshape(*batch["input_ids"].shape, -1)
         for row, positions in enumerate(batch["position_ids"]):
             begins = [*(positions == 0).nonzero().flatten().tolist(), 16]
-            for start, end in zip(begins, begins[1:]):
+            for start, end in itertools.pairwise(begins):
                 alone = model(input_ids=batch["input_ids"][row:row + 1, start:end], use_cache=False).logits[0]
                 torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(flat, packed, rtol=1e-5, atol=1e-5)

@@ -65,7 +65,7 @@ def test_generation_and_forcing_agree_on_random_models(family, tiny_model, tiny_
     together = generate_answers(model, tiny_tokenizer, [problem(question, "w4 w5 w6 w7") for question in questions])
     assert alone == together
     # ask for what the model says, every other time spoiled by one word more
-    asked = [problem(question, text if i % 2 else f"{text} w9", 2 + i % 2) for i, (question, text) in enumerate(zip(questions, alone))]
+    asked = [problem(question, text if i % 2 else f"{text} w9", 2 + i % 2) for i, (question, text) in enumerate(zip(questions, alone, strict=True))]
     found = exact_match(model, tiny_tokenizer, asked)
     assert found == forced_exact_match(model, tiny_tokenizer, asked)
     assert found["exact_match_by_steps"]["2"] == 0.0 and found["exact_match_by_steps"]["3"] > 0.0
@@ -139,7 +139,7 @@ def test_hidden_erank_reads_the_stream_before_the_final_norm(family, tiny_model,
             stream = stream[0] if isinstance(stream, tuple) else stream
             rows[layer].append(stream[0])
     assert len(found) == model.config.num_hidden_layers + 1
-    for value, states in zip(found, rows):
+    for value, states in zip(found, rows, strict=True):
         assert value == pytest.approx(float(erank(torch.cat(states).detach())), rel=1e-4)
 
 

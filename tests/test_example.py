@@ -172,10 +172,10 @@ def test_labels_are_the_solution_and_easy_text():
     stream = list(itertools.islice(documents(0, copy_share=0.1), 200))
     rows = tokenized(stream, tokenizer, 10**9)
     assert len(rows) == len(stream)
-    for document, row in zip(stream, rows):
+    for document, row in zip(stream, rows, strict=True):
         assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == document.text
-        learned = [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
-        assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"]))
+        learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"], strict=True))
         words = document.text.split()[document.prompt_words :]
         assert tokenizer.convert_ids_to_tokens(learned) == words + ["<eos>"] * (document.kind != "easy")
         assert row["labels"][0] == -100 and row["input_ids"][0] == tokenizer.bos_token_id

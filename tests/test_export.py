@@ -179,9 +179,9 @@ def test_writes_are_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "a.json"
     atomic_write_json(path, {"é": 1.5, "none": None})
     assert json.loads(path.read_text()) == {"é": 1.5, "none": None}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         atomic_write_json(path, {"nan": float("nan")})
-    with pytest.raises(Exception):
+    with pytest.raises(ValueError, match="expected torch.Tensor"):
         atomic_write_safetensors(path, {"a": "no tensor"})
     assert json.loads(path.read_text()) == {"é": 1.5, "none": None}, "a failed write leaves the old file"
     atomic_write_text(path, "new")

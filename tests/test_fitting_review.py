@@ -57,7 +57,7 @@ def test_what_attention_is_given_is_what_the_model_gives_it(tiny_teacher, family
         teacher, seen = tiny_teacher(family, dtype=dtype, attn_implementation=attention, **windows), {}
         for half in half_layers(teacher.config)[::2]:
             module = teacher.get_submodule(half.block)
-            handle = module.register_forward_pre_hook(lambda _m, _a, given, half=half: seen.update({half.point: given}), with_kwargs=True)
+            handle = module.register_forward_pre_hook(lambda _m, _a, given, half=half, seen=seen: seen.update({half.point: given}), with_kwargs=True)
             teacher.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
             handle.remove()
             with Largest() as largest:

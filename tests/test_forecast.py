@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from functools import partial
 
 import pytest
 import torch
-from tiny_models import build_tiny_model
 from reference_lrc import random_batch
+from tiny_models import build_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
@@ -51,7 +52,7 @@ def test_grows_with_tokens_layers_and_width(fit, explained):
 def test_each_stage_adds():
     costs = [forecast(config_of(), 2048, 100_000, explained=explained, fit=fit) for explained, fit in (
         (False, "none"), (False, "readers"), (False, "full"), (True, "full"))]
-    for less, more in zip(costs, costs[1:], strict=False):
+    for less, more in itertools.pairwise(costs):
         assert more.flops > less.flops and more.host_bytes > less.host_bytes and more.device_bytes >= less.device_bytes
 
 

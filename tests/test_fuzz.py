@@ -148,7 +148,7 @@ def test_calibration(place, teacher, calibration, choice, start):
 def test_start(place, teacher, calibration, choice):
     whole, path = place / "whole" / "start.safetensors", place / "start.safetensors"
     if not whole.is_file():
-        maps = {name: value for name, value in start_from(teacher, calibration, "activation").state_dict().items()}
+        maps = dict(start_from(teacher, calibration, "activation").state_dict())
         StartFolder(whole.parent, "key").keep_whole(maps, model_hash(teacher))
     if choice.draw(st.booleans()):
         path.write_bytes(choice.draw(damaged(whole.read_bytes())))

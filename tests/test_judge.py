@@ -56,7 +56,7 @@ def test_paired_error_of_a_perplexity():
     found = paired_difference(*pairs, lambda mean: np.exp(-mean))
     perplexities = [math.exp(-values.sum() / words.sum()) for values in logs]
     assert found.value == pytest.approx(perplexities[1] - perplexities[0], rel=1e-12)
-    shares = [-perplexity * (values - values.sum() / words.sum() * words) / words.sum() for values, perplexity in zip(logs, perplexities)]
+    shares = [-perplexity * (values - values.sum() / words.sum() * words) / words.sum() for values, perplexity in zip(logs, perplexities, strict=True)]
     assert found.stderr == pytest.approx(math.sqrt(((shares[1] - shares[0]) ** 2).sum()), rel=0.06)
 
 
@@ -145,7 +145,7 @@ def test_divergence_against_float64_one_document_at_a_time(tiny_model):
         counts.append(int(keep.sum()))
     sums, counts = np.array(sums), np.array(counts)
     assert found["tokens"] == counts.sum() and found["documents"] == len(examples)
-    for name, column in zip(("kl", "teacher_loss", "student_loss", "agreement"), sums.T):
+    for name, column in zip(("kl", "teacher_loss", "student_loss", "agreement"), sums.T, strict=True):
         mean = column.sum() / counts.sum()
         assert found[name]["mean"] == pytest.approx(mean, rel=1e-5), name
         assert found[name]["stderr"] == pytest.approx(math.sqrt(9 / 8 * ((column - mean * counts) ** 2).sum()) / counts.sum(), rel=1e-4), name
@@ -192,7 +192,7 @@ def folder(tmp_path_factory, tiny_model):
     for name, settings in (("teacher", {}), ("student", {"hidden_size": 24, "seed": 1})):
         tiny_model(**settings).save_pretrained(folder / name)
         build_tiny_tokenizer().save_pretrained(folder / name)
-    (folder / "held_out.txt").write_text("\n".join(" ".join(f"w{id}" for id in example["input_ids"]) for example in documents(12)))
+    (folder / "held_out.txt").write_text("\n".join(" ".join(f"w{number}" for number in example["input_ids"]) for example in documents(12)))
     return folder
 
 

@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
-from lm_eval.tasks import TaskManager  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from red.errors import REDError  # noqa: E402
-from red.evaluate import exact_match, text_quality  # noqa: E402
-from red.example import easy_documents, problems, teacher_path  # noqa: E402
-from red.judge import judge  # noqa: E402
-from red.judge.harness import LOCAL, Harness  # noqa: E402
+from red.errors import REDError
+from red.evaluate import exact_match, text_quality
+from red.example import easy_documents, problems, teacher_path
+from red.judge import judge
+from red.judge.harness import LOCAL, Harness
 
 LIMIT = 8  # two problems of each step count
 
@@ -61,7 +61,7 @@ def row(found, task):
 
 def test_figures_are_those_of_red_evaluate(found, worse):
     """Another implementation of generating, padding, stopping and counting, on the same problems and texts."""
-    asked = [problem for group in zip(*(problems("test", steps, 100) for steps in (2, 4, 6, 8))) for problem in group][:LIMIT]
+    asked = [problem for group in zip(*(problems("test", steps, 100) for steps in (2, 4, 6, 8)), strict=True) for problem in group][:LIMIT]
     texts = easy_documents("test", 100)[:LIMIT]
     chains, easy = row(found, "red_chains"), row(found, "red_easy_text")
     assert chains.n == easy.n == LIMIT

@@ -176,7 +176,7 @@ def kill_at_random(folder: Path, kills: int, seed: int) -> dict:
     run, done, within, lost, started = folder / "run", 0, 0, [], time.monotonic()
     while done < kills:
         reading, writing = os.pipe()
-        child = forked(lambda: train(run, [Told(writing)], **settings))
+        child = forked(lambda writing=writing: train(run, [Told(writing)], **settings))
         os.close(writing)
         said = b""
         while not said:  # until the first step is done, so that every kill meets a training run
@@ -234,7 +234,7 @@ def test_a_kill_at_every_point_of_a_save(killed, index):
     left = found[point]
     assert left["exit"] == -signal.SIGKILL and left["resumed"] == 0
     assert left["step"] == step, left["folders"]
-    assert "_saving" in left["folders"] or point == "renamed, nothing removed yet" and "checkpoint-2" in left["folders"]
+    assert "_saving" in left["folders"] or (point == "renamed, nothing removed yet" and "checkpoint-2" in left["folders"])
     assert left["end"] == ["checkpoint-6"], "what the kill left behind is cleared by the next save"
     assert_same_bits(folder / f"run{index}.final", folder / "whole.final")
 

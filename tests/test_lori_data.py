@@ -49,8 +49,8 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": \n')
     with pytest.raises(REDError, match="line 1 is not JSON"):
         load_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(REDError, match="no .jsonl file"):
-        (tmp_path / "rows.txt").write_text("x")
         load_rows(tmp_path / "rows.txt")
     with pytest.raises(REDError, match="no rows"):
         load_rows([])

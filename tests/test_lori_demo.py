@@ -27,7 +27,7 @@ def test_the_problems_are_right():
     for place, row in enumerate(rows):
         table, _, ask = row.question.partition(" , ")
         numbers, (start, hops, _) = [int(word) for word in table.split()], ask.split()
-        follows = dict(zip(numbers[::2], numbers[1::2]))
+        follows = dict(zip(numbers[::2], numbers[1::2], strict=False))
         assert sorted(follows) == sorted(follows.values()) == list(range(NUMBERS)) and len(row.steps) == int(hops) == HOPS[place % len(HOPS)]
         here = int(start)
         for step in row.steps:

@@ -14,8 +14,8 @@ QUESTIONS = ("Ann has 3 bags of 4 apples and eats 2. How many are left?", "A shi
              "Out of 600 employees, 30% got a rise. How many did not?")
 STEPS = (("<<3*4=12>>", "<<12-2=10>>"), ("<<1200.50/2=600.25>>", "<<1200.50+600.25=1800.75>>"), ("<<6/2=3>>", "<<3*5=15>>"), ("<<600*30/100=180>>", "<<600-180=420>>"))
 ANSWERS = ("10", "1800.75", "15", "420")
-LISTS = [{"question": question, "steps": list(steps), "answer": answer} for question, steps, answer in zip(QUESTIONS, STEPS, ANSWERS)]  # steps as a list of texts
-TEXTS = [{"question": question, "cot": " ".join(steps), "answer": answer} for question, steps, answer in zip(QUESTIONS, STEPS, ANSWERS)]  # or all in one
+LISTS = [{"question": question, "steps": list(steps), "answer": answer} for question, steps, answer in zip(QUESTIONS, STEPS, ANSWERS, strict=True)]  # steps as a list of texts
+TEXTS = [{"question": question, "cot": " ".join(steps), "answer": answer} for question, steps, answer in zip(QUESTIONS, STEPS, ANSWERS, strict=True)]  # or all in one
 
 
 def character_tokenizer():
@@ -37,7 +37,7 @@ def test_the_published_rows_train(rows, column, tiny_teacher, tmp_path, capsys):
     character_tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = load_rows(tmp_path / "rows.jsonl", steps_column=column)
-    assert [(row.question, row.steps, row.answer) for row in read] == list(zip(QUESTIONS, STEPS, ANSWERS))
+    assert [(row.question, row.steps, row.answer) for row in read] == list(zip(QUESTIONS, STEPS, ANSWERS, strict=True))
     arguments = {"teacher_model_name_or_path": tmp_path / "teacher", "train_file": tmp_path / "rows.jsonl", "steps_column": column, "output_dir": tmp_path / "run", "max_steps": 2,
                  "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     assert main(["lori", *(f"--{name}={value}" for name, value in arguments.items())]) == 0

@@ -135,7 +135,7 @@ def test_the_curriculum(train, monkeypatch):
     assert [stage for stage, *_ in seen] == [1, 1, 2, 2, None, None, None, None] and max(lengths) > 2
     for stage, targets, points in seen:
         hidden = [length if stage is None else min(stage, length) for length in lengths]
-        assert points == hidden and targets == [1 + length - first + 2 + 2 for length, first in zip(lengths, hidden)]  # <eot>, prefix, answer and its end
+        assert points == hidden and targets == [1 + length - first + 2 + 2 for length, first in zip(lengths, hidden, strict=True)]  # <eot>, prefix, answer and its end
     assert LoRiConfig(**settings_of("x", preset="no_cot", latent_steps=0)).stage(0, 8) is None
 
 

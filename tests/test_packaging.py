@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -35,8 +37,6 @@ def test_this_environment_is_the_locks():
 
     if "PIP_PREFIX" in os.environ or not (Path(sys.prefix) / ".ready").exists():
         pytest.skip("not an environment that make set up")
-    from packaging.requirements import Requirement
-
     for line in LOCK:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate():
@@ -74,11 +74,18 @@ def test_the_wheel_holds_packages_and_data(tmp_path):
     (wheel,) = tmp_path.glob("red_distill-*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for package in ("red", "red_kernels") for path in (ROOT / package).rglob("*.py")}
-    data = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "red/example/teacher").iterdir(), *(ROOT / "red/demo").glob("*.json"),
-                                                           *(ROOT / "red/demo").glob("*.html"), *(ROOT / "red/judge/tasks").glob("*.yaml")]}
-    assert {"red/demo/report_template.html", "red/demo/learning_rates.json"} <= data
-    assert modules | data <= inside, sorted((modules | data) - inside)
-    assert not any(name.startswith(("tests/", "benchmarks/")) for name in inside)
+    data = {path.relative_to(ROOT).as_posix() for package in ("red", "red_kernels") for path in (ROOT / package).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".py", ".so")}
+    assert {"red/demo/report_template.html", "red/demo/learning_rates.json", "red/example/rich/model.safetensors", "red/judge/tasks/red_chains.yaml"} <= data
+    (about,) = [name for name in inside if name.endswith(".dist-info/METADATA")]
+    packed = {name for name in inside if not name.startswith(about.removesuffix("METADATA"))}
+    assert packed == modules | data, sorted(packed ^ (modules | data))
+    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(about))
+    assert set(metadata.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys() and metadata["Requires-Python"] == ">=3.10"
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert {one.name for one in required if one.marker is None} == names(PROJECT["dependencies"])
+    for extra, wanted in PROJECT["optional-dependencies"].items():
+        assert {one.name for one in required if one.marker is not None and one.marker.evaluate({"extra": extra})} == names(wanted), extra
 
 
 # ---- make ----

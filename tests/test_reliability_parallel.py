@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import RecordingTrainer, make_trainer, masters, run_two_processes, tokenised
+from tiny_training import RecordingTrainer, fork_two_processes, make_trainer, masters, tokenised
 from transformers import TrainerCallback
 
 from red.checkpoint_folders import MANIFEST, fault
@@ -82,7 +81,7 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    run_two_processes(__file__, folder)
+    fork_two_processes(main, folder)
     return folder, [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -113,7 +112,3 @@ def test_both_stop_on_a_signal_to_one(parallel):
 
 def test_both_are_told_that_there_is_nothing_to_resume(parallel):
     assert all("no checkpoint-N folder" in found["nothing"] for found in parallel[1])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

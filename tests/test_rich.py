@@ -53,7 +53,7 @@ def test_chunks_hold_whole_documents_that_do_not_see_each_other():
     assert (ids != tokenizer.pad_token_id).float().mean() > 0.9
     assert (weights[ids == tokenizer.bos_token_id] == 0).all() and (weights[ids == tokenizer.pad_token_id] == 0).all()
     assert ((positions == 0) == (ids == tokenizer.bos_token_id))[ids != tokenizer.pad_token_id].all()
-    for row, weight in zip(ids[:8].tolist(), weights[:8]):
+    for row, weight in zip(ids[:8].tolist(), weights[:8], strict=True):
         words = tokenizer.convert_ids_to_tokens(row)
         for place, word in enumerate(words):
             if word == ":":
@@ -69,7 +69,7 @@ def test_chunks_hold_whole_documents_that_do_not_see_each_other():
 def test_chunks_depend_on_their_number_alone():
     whole, later = Chunks("tiny", 3, 10 * CHUNK_STEPS), Chunks("tiny", 3, 10 * CHUNK_STEPS, first=4)
     assert len(whole) == 10 and len(later) == 6 and len(Chunks("tiny", 3, 10 * CHUNK_STEPS + 1)) == 11
-    assert all(torch.equal(one, other) for one, other in zip(whole[5], later[1]))
+    assert all(torch.equal(one, other) for one, other in zip(whole[5], later[1], strict=True))
     assert not torch.equal(whole[5][0], whole[6][0]) and not torch.equal(whole[5][0], Chunks("tiny", 4, 10 * CHUNK_STEPS)[5][0])
     with pytest.raises(IndexError):
         later[6]

@@ -58,7 +58,7 @@ def test_logits_are_the_teachers(tiny_teacher, family, tied, biases, monkeypatch
         assert (here - there).abs().max() > 0.1
     assert all(torch.equal(turned.get_parameter(name), torch.ones(WIDTH, dtype=torch.float64)) for name in NORMS)
     for name, value in teacher.named_parameters():  # what the stream does not touch
-        if name.endswith("bias") and "o_proj" not in name and "down_proj" not in name or "q_norm" in name or "k_norm" in name:
+        if (name.endswith("bias") and "o_proj" not in name and "down_proj" not in name) or "q_norm" in name or "k_norm" in name:
             assert torch.equal(turned.get_parameter(name), value), name
 
 

@@ -27,6 +27,7 @@ from red.report.drawing import plt
 from red.report.report import render, write_page
 from red.report.run import Run
 from red.report.settings import settings_of as split
+import itertools
 
 STEPS, KILLED = 6, 5
 
@@ -94,7 +95,7 @@ def test_tokens_are_counted_exactly_across_the_resume(folders):
     folder = folders[0]
     seen = dict(Run.load(folder).series("tokens"))
     steps = [value for _, value in sorted(seen.items())]
-    assert all(late > early for early, late in zip(steps, steps[1:]))
+    assert all(late > early for early, late in itertools.pairwise(steps))
     counted = make_trainer(build_tiny_model(), folder.parent / "again", tokenised(40), max_steps=STEPS)
     counted.train()
     assert steps[-1] == sum(int(micro["token_mask"].sum()) for micro in counted.seen)
@@ -143,7 +144,7 @@ def test_page_and_card_lie_in_the_folder(folders):
 
 def test_compress_and_a_start_that_mixes_channels(tmp_path, monkeypatch, tiny_teacher, tiny_tokenizer):
     monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
-    settings = {name: value for name, value in settings_of(tmp_path / "small", start="pca").items()}
+    settings = settings_of(tmp_path / "small", start="pca")
     small = red.compress(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
     run = Run.load(tmp_path / "small")
     assert (
@@ -192,8 +193,8 @@ def test_a_run_without_a_checkpoint_may_begin_again_and_a_strangers_file_is_kept
         red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
     assert (tmp_path / "run" / "run.json").read_text() == '{"mine": 1}'
     (tmp_path / "run" / "run.json").unlink()
+    monkeypatch.setattr(recording, "INTERVAL", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(recording, "INTERVAL", 0.0)
         red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, callbacks=[Kill()], **{**settings, "max_steps": STEPS})
     assert [step for step, _ in Run.load(tmp_path / "run").series("loss")] == [1, 2, 3, 4], "written down between checkpoints, too"
     red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)

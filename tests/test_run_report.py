@@ -136,7 +136,7 @@ def test_the_page_says_what_the_files_say(folder, no_pictures):
         assert text in shown or text.replace(" ", "\u00a0") in shown, text
 
 
-@pytest.mark.parametrize("path", [("teacher", "parameters"), ("student", "hidden_size"), ("erank", "end", 1), ("erank", "teacher", 0), 
+@pytest.mark.parametrize("path", [("teacher", "parameters"), ("student", "hidden_size"), ("erank", "end", 1), ("erank", "teacher", 0),
                                   ("history", 0, "loss"), ("history", 2, "kl"), ("history", 4, "tokens_per_second"), ("history", 7, "canary/share"),
                                   ("settings", "changed", "learning_rate", "value"), ("forecast", "training", "bytes"),
                                   ("measured", "start_seconds"), ("sessions", 1, "seconds"), ("steps", "done"), ("metrics", "train_loss")])

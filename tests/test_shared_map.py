@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from tiny_models import build_tiny_model
 from reference_lrc import normalised, use_exact_norms
 from test_fitting import EMBEDDING, NARROW, WIDTH, close, logits, streams_of, student_of, text
+from tiny_models import build_tiny_model
 from tiny_training import settings_of
 
 import red
@@ -81,7 +82,7 @@ def test_shares_equal_a_regression(measured):
 def test_more_directions_explain_more_and_all_of_them_everything(measured):
     torch.testing.assert_close(shares(orthonormal(WIDTH, 3), measured), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-4)
     columns = [shares(orthonormal(width, 3), measured) for width in range(1, WIDTH + 1)]
-    assert all((more >= less - 1e-6).all() for less, more in zip(columns, columns[1:], strict=False))
+    assert all((more >= less - 1e-6).all() for less, more in itertools.pairwise(columns))
     assert (columns[0] < 0.5).all()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from reference_lrc import documents
-from tiny_training import make_trainer, masters, run_two_processes
+from tiny_training import fork_two_processes, make_trainer, masters
 from transformers import TrainerCallback
 
 from red.checkpoint_folders import MANIFEST
@@ -81,7 +81,7 @@ def test_a_data_set_that_streams(tiny_teacher, tmp_path):
     assert isinstance(trainer.train_dataset, PackedStream) and len({tuple(batch["input_ids"][0].tolist()) for batch in trainer.seen}) == 3
 
 
-def two_processes(folder: str) -> None:
+def two_processes(folder: Path) -> None:
     """What each of two processes runs: 3 steps, and what it saw."""
     from tiny_models import build_tiny_model
 
@@ -92,7 +92,7 @@ def two_processes(folder: str) -> None:
 
 def test_two_processes_stream_and_one_goes_on(tiny_teacher, tmp_path):
     ids_file(tmp_path / "rows.jsonl")
-    run_two_processes(__file__, tmp_path)
+    fork_two_processes(two_processes, tmp_path)
     checkpoint = tmp_path / "run" / "checkpoint-3"
     assert len(json.loads((checkpoint / STREAM_FILE).read_text())["layouts"][0]) == 2
     resumed = make_trainer(tiny_teacher(), tmp_path / "run", tmp_path / "rows.jsonl", **SETTINGS)
@@ -124,7 +124,3 @@ def test_settings_that_do_not_go_with_a_stream(tiny_teacher, tmp_path):
         (checkpoint / name).unlink()
     with pytest.raises(REDError, match="that run did not stream its text"):
         make_trainer(tiny_teacher(), tmp_path / "run", path, **SETTINGS).train(resume_from_checkpoint=str(checkpoint))
-
-
-if __name__ == "__main__":
-    two_processes(sys.argv[1])

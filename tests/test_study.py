@@ -1,5 +1,6 @@
 """The study of starts: its rules, its finished runs, its partial results, its command."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -216,18 +217,27 @@ def test_pictures_of_widths_and_of_untrained_students(study, tmp_path):
 
 # ---- the command ----
 
+MEASURED: dict[str, dict] = {}
+
+
+def once(name: str, run, settings: dict) -> dict:
+    """What a run gives, trained once for both tests of the command: a job's name says all that decides it."""
+    if name not in MEASURED:
+        MEASURED[name] = run_student(run, **settings)
+    return copy.deepcopy(MEASURED[name])
+
 
 def test_study_goes_on_where_it_was_interrupted(teacher, tmp_path, monkeypatch, capsys):
     done = []
 
     def in_this_process(next_job, *, on_result, **_):
         while (job := next_job()) is not None:
-            name, run, settings = job
+            name, *_ = job
             if len(done) == 3 and not interrupted:
                 interrupted.append(True)
                 raise KeyboardInterrupt
             done.append(name)
-            on_result(name, run_student(run, **settings))
+            on_result(name, once(*job))
         return {}
 
     monkeypatch.setattr(schedule, "run_queue", in_this_process)
@@ -265,7 +275,7 @@ def test_a_failing_run_ends_neither_the_others_nor_the_tables(teacher, tmp_path,
             if "pca" in job[0]:
                 failures[job[0]] = "Traceback: no pca today"
             else:
-                on_result(job[0], run_student(job[1], **job[2]))
+                on_result(job[0], once(*job))
         return failures
 
     monkeypatch.setattr(schedule, "run_queue", half)

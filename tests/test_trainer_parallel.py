@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_training import make_trainer, masters, run_two_processes, settings_of, tokenised
+from tiny_training import fork_two_processes, make_trainer, masters, settings_of, tokenised
 from transformers import AutoModelForCausalLM
 
 KEYS = ("loss", "grad_norm", "ce", "kl", "tap_mse")
@@ -28,29 +27,29 @@ def train(folder: Path, mode: str, rows: int):
     return trainer
 
 
-def main(folder: str) -> None:
+def main(folder: Path) -> None:
     """What each worker runs."""
     import red
     from tiny_models import build_tiny_model, build_tiny_tokenizer
 
     for mode in MODES:
-        trainer = train(Path(folder), mode, rows=2)
+        trainer = train(folder, mode, rows=2)
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel" and trainer.args.world_size == 2
-        save_file(masters(trainer), Path(folder) / f"{mode}-{trainer.args.process_index}.safetensors")
+        save_file(masters(trainer), folder / f"{mode}-{trainer.args.process_index}.safetensors")
         if trainer.args.process_index == 0:
             entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-            (Path(folder) / f"{mode}.json").write_text(json.dumps([[entry[key] for key in KEYS] for entry in entries]))
-    watched = make_trainer(build_tiny_model(), Path(folder) / "watched", tokenised(48), max_steps=6, erank_steps=1, erank_patience=2, erank_floor=0.99, erank_stop=True)
+            (folder / f"{mode}.json").write_text(json.dumps([[entry[key] for key in KEYS] for entry in entries]))
+    watched = make_trainer(build_tiny_model(), folder / "watched", tokenised(48), max_steps=6, erank_steps=1, erank_patience=2, erank_floor=0.99, erank_stop=True)
     watched.train()
     assert watched.state.global_step == 1, "every rank stops at the step at which rank 0 sees the collapse"
-    result = red.distill(build_tiny_model(), tokenised(), tokenizer=build_tiny_tokenizer(), **settings_of(Path(folder) / "distilled", max_steps=1))
+    result = red.distill(build_tiny_model(), tokenised(), tokenizer=build_tiny_tokenizer(), **settings_of(folder / "distilled", max_steps=1))
     assert (result.path / "config.json").is_file(), "no rank may come back before the export is there"
 
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    run_two_processes(__file__, folder)
+    fork_two_processes(main, folder)
     return folder
 
 
@@ -71,7 +70,3 @@ def test_distill_exports_once(parallel):
     """Both processes call red.distill; one of them writes."""
     student = AutoModelForCausalLM.from_pretrained(parallel / "distilled" / "student")
     assert student.config.hidden_size == 16
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

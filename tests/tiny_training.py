@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from red.config import REDConfig
 from red.trainer import REDTrainer
@@ -82,3 +88,48 @@ def run_two_processes(script: str | Path, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder)],
                           env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
+
+
+def fork_two_processes(run: Callable[[Path], None], folder: Path, seconds: float = 300) -> None:
+    """`run(folder)` as two gloo processes, with the environment that torchrun makes; fails with what they said.
+
+    Forks of this process, which has imported everything: a third of torchrun's time. tests/test_sharding.py goes through torchrun itself.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_forked(run, folder, rank, port) for rank in range(2)]
+    ends, until = {}, time.monotonic() + seconds
+    while len(ends) < 2:
+        for child in children:
+            if child not in ends and (state := os.waitpid(child, os.WNOHANG))[0]:
+                ends[child] = os.waitstatus_to_exitcode(state[1])
+        if any(ends.values()) or time.monotonic() > until:  # the other one would wait for it
+            for child in set(children) - set(ends):
+                os.kill(child, signal.SIGKILL)
+                ends[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.02)
+    said = "\n".join(f"rank {rank}: {(folder / f'said-{rank}.txt').read_text()[-3000:]}" for rank in range(2))
+    assert list(ends.values()) == [0, 0], said
+
+
+def _forked(run: Callable[[Path], None], folder: Path, rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        for end, file in ((1, os.open(folder / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT)), (2, 1)):
+            os.dup2(file, end)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's own have gone to files
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent's trainers found: a single process
+        GradientState._reset_state()
+        run(folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # never into the parent's tests

@@ -45,7 +45,7 @@ def compare(folder: Path, name: str, reference: dict) -> None:
         return
     with captured(log):
         same, largest, tokenised = 0, 0.0, 0
-        for question, ids, expected in zip(reference["questions"], reference["prompts"], reference[name]):
+        for question, ids, expected in zip(reference["questions"], reference["prompts"], reference[name], strict=True):
             model.reset()
             tokenised += model.tokenize(f" {question}".encode(), add_bos=True) == ids[1:]  # it puts no <bos> in front for this kind of vocabulary
             model.eval(ids)
@@ -61,7 +61,7 @@ def compare(folder: Path, name: str, reference: dict) -> None:
     print(f"  loaded; text gives the same ids for {tokenised} of {count} prompts; largest difference of logits over the largest logit {largest:.2g}; "
           f"greedy tokens equal for {same} of {count}")
     if name == "llama":
-        for question, ids, answer in list(zip(reference["questions"], reference["prompts"], reference["answers"]))[::3]:
+        for question, ids, answer in list(zip(reference["questions"], reference["prompts"], reference["answers"], strict=True))[::3]:
             with captured(log):
                 said = model.create_completion(ids, max_tokens=40, temperature=0.0, repeat_penalty=1.0)["choices"][0]["text"].strip()
             print(f"  {question}\n    -> {said}   [{'right' if said == answer else 'wrong: ' + answer}]")

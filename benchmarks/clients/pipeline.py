@@ -15,7 +15,7 @@ def main(folder: Path) -> None:
     print(f"transformers {transformers.__version__}, pipeline('text-generation', model='{folder / 'llama'}')\n")
     say = pipeline("text-generation", model=str(folder / "llama"), device="cpu")
     right = 0
-    for question, answer in zip(reference["questions"], reference["answers"]):
+    for question, answer in zip(reference["questions"], reference["answers"], strict=True):
         (said,) = say(question, max_new_tokens=40, do_sample=False, return_full_text=False)
         text = said["generated_text"].strip()
         right += text == answer

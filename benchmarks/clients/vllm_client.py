@@ -27,7 +27,7 @@ def one(folder: Path, student: str, implementation: str) -> None:
     settings = SamplingParams(temperature=0, max_tokens=40, logprobs=20, detokenize=False)
     replies = model.generate([{"prompt_token_ids": ids} for ids in reference["prompts"]], settings, use_tqdm=False)
     same = largest = 0
-    for reply, expected in zip(replies, reference[student]):
+    for reply, expected in zip(replies, reference[student], strict=True):
         given = list(reply.outputs[0].token_ids)
         same += given == expected["greedy"]
         total = math.log(sum(math.exp(value) for value in expected["logits"]))

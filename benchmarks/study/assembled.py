@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -88,9 +89,9 @@ def _tokens(study: Study, row: str, place: int, found: dict[int, dict]) -> dict:
         calibration.append(study.calibration_tokens(study.run(row, rate, seed, steps), result))
     histories = [[entry["tokens"] for entry in result["history"]] for result in found.values()]
     return {**spread(trained), "resolution": resolution, "steps": steps, "budget": histories[0][-1], "learning_rate": rate,
-            "spacing": max(later - earlier for tokens in histories for earlier, later in zip(tokens, tokens[1:])),
+            "spacing": max(later - earlier for tokens in histories for earlier, later in itertools.pairwise(tokens)),
             "calibration_tokens": statistics.mean(calibration),
-            "with_calibration": spread([None if tokens is None else tokens + before for tokens, before in zip(trained, calibration)])}
+            "with_calibration": spread([None if tokens is None else tokens + before for tokens, before in zip(trained, calibration, strict=True)])}
 
 
 def shipped(found: dict) -> dict:

@@ -36,15 +36,15 @@ def states(model, tokenizer, tokens: int = TOKENS, corpus: str = "chains") -> li
             ids, mask = pad(rows[place : place + 64], model, tokenizer.pad_token_id, side="right")
             found: list[Tensor] = []
             layers = model.model.layers
-            handles = [layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))]
-            handles += [layer.register_forward_hook(lambda module, args, output: found.append(output)) for layer in layers]
+            handles = [layers[0].register_forward_pre_hook(lambda module, args, found=found: found.append(args[0]))]
+            handles += [layer.register_forward_hook(lambda module, args, output, found=found: found.append(output)) for layer in layers]
             try:
                 model.model(input_ids=ids, attention_mask=mask, use_cache=False)
             finally:
                 for handle in handles:
                     handle.remove()
             seen.append([state[mask.bool()] for state in found])
-    whole = [torch.cat(state)[:tokens].float() for state in zip(*seen)]
+    whole = [torch.cat(state)[:tokens].float() for state in zip(*seen, strict=True)]
     return [state / state.square().mean().sqrt() for state in whole]
 
 

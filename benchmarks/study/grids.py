@@ -162,7 +162,7 @@ class Grids:
         if not done:
             return None
         by_steps = {steps: statistics.mean(result["exact_match_by_steps"][steps] for result in done) for steps in done[0]["exact_match_by_steps"]}
-        eranks = [spread(list(layer))["mean"] for layer in zip(*(result["erank"] for result in done))]
+        eranks = [spread(list(layer))["mean"] for layer in zip(*(result["erank"] for result in done), strict=True)]
         return {"seeds": len(done), **{key: spread([result[key] for result in done]) for key in SCORES}, "exact_match_by_steps": by_steps, "erank": eranks,
                 "parameters": done[0]["parameters"]}
 

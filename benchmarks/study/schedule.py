@@ -41,7 +41,7 @@ def execute(studies: Sequence[Study], rows: Sequence[str], seeds: Sequence[int],
         print(f"{name}: {percent(result['final']['exact_match'])}, {result['train_seconds']:.0f} s + {result['evaluate_seconds']:.0f} s", flush=True)
 
     for study in studies:
-        study.teacher_scores  # before any run, not in a thread of the queue
+        _ = study.teacher_scores  # before any run, not in a thread of the queue
     missing = sum(study.get(run, split) is None for study, _, run, split in needed(studies, rows, seeds, stage))
     print(f"{missing} runs are missing, and what follows from them", flush=True)
     return run_queue(next_job, on_result=keep, processes=jobs, log=lambda text: None)

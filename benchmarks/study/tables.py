@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from red.demo.study_plot import order
@@ -51,7 +52,7 @@ def notes(found: dict) -> list[str]:
     """What the table does not say by itself."""
     settings = found["settings"]
     histories = [seed["history"] for row in found["rows"].values() for horizon in row["horizons"].values() for seed in horizon["seeds"].values()]
-    spaces = [later["tokens"] - earlier["tokens"] for history in histories for earlier, later in zip(history, history[1:])]
+    spaces = [later["tokens"] - earlier["tokens"] for history in histories for earlier, later in itertools.pairwise(history)]
     kinds = len(histories[0][0]["exact_match_by_steps"]) if histories else 0
     said = [
         f"Over {len(found['seeds'])} seed{'s' if len(found['seeds']) > 1 else ''} where the column does not say fewer. Exact match, easy accuracy: mean ± standard deviation. Tokens: mean and, in "
@@ -87,4 +88,4 @@ def _divergence(entry: dict) -> str:
 def _eranks(entry: dict) -> str:
     """Mean over layers and seeds of the three full measurements."""
     runs = [[mean(point["erank"]) for point in seed["history"] if "erank" in point] for seed in entry["seeds"].values()]
-    return ", ".join(number(mean(point), 1) for point in zip(*runs))
+    return ", ".join(number(mean(point), 1) for point in zip(*runs, strict=True))

@@ -103,7 +103,7 @@ def run_queue(next_job: Callable[[], Job | None], *, on_result: Callable[[str, d
         while (job := take()) is not None:
             name, run, settings = job
             started = time.perf_counter()
-            result, trace = _run_one(name, run, settings, children, stopped, lambda entry: say(_progress(name, width, run, entry)))
+            result, trace = _run_one(name, run, settings, children, stopped, lambda entry, name=name, run=run: say(_progress(name, width, run, entry)))
             if stopped.is_set():
                 return  # it was ended with the others
             with changed:

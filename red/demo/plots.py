@@ -32,7 +32,7 @@ def by_steps(results: dict, details: dict) -> str:
             x = [i + (place - (len(series) - 1) / 2) * width for i in range(len(counts))]
             heights = [100 * (shares.get(count) or 0) for count in counts]
             axes.bar(x, heights, width * 0.86, color=ROLES["teacher" if start is None else roles[start]])
-            for left, height in zip(x, heights):
+            for left, height in zip(x, heights, strict=True):
                 axes.text(left, height + 1.5, f"{height:.0f}", ha="center", va="bottom", fontsize=7.5, color=ROLES["muted"])
         axes.set_xticks(range(len(counts)), [f"{count} steps" for count in counts])
         _percent_axis(axes, "problems solved", 112)
@@ -63,11 +63,11 @@ def erank_layers(results: dict) -> str:
     teacher = results["teacher"]["erank"]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(starts), figsize=(3.6 * len(starts), 2.9), sharey=True, squeeze=False)
-        for axes, (start, outcome) in zip(panels[0], starts.items()):
+        for axes, (start, outcome) in zip(panels[0], starts.items(), strict=True):
             axes.plot(range(len(teacher)), numbers(teacher), color=ROLES["teacher"], linestyle=(0, (5, 3)), linewidth=1.4, label="teacher")
             entries = full_entries(outcome)
             names = ["start", "30 %", "end"] if len(entries) == 3 else [f"{entry['tokens']:,} tokens" for entry in entries]
-            for place, (entry, name) in enumerate(zip(entries, names)):
+            for place, (entry, name) in enumerate(zip(entries, names, strict=True)):
                 last = place == len(entries) - 1
                 axes.plot(range(len(entry["erank"])), numbers(entry["erank"]), color=ROLES[roles[start]], marker="ovs"[place % 3],
                           linestyle="-" if last else (0, (1, 1.2)) if place == 0 else (0, (4, 1.5)), alpha=1.0 if last else 0.45 if place == 0 else 0.75,

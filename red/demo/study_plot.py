@@ -88,7 +88,7 @@ def _draw_widths(studies: Sequence[dict]):
     shown = [row for row in MAIN if any(row in study["rows"] for study in studies)]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(studies), figsize=(max(5.4, 3.7 * len(studies)), 3.4), sharey=True, squeeze=False)
-        for axes, study in zip(panels[0], studies):
+        for axes, study in zip(panels[0], studies, strict=True):
             _curves(axes, study, [row for row in order(study) if row in MAIN], MAIN)
             axes.set_title(f"width {study['width']} of {study['teacher_width']}")
         lines = [Line2D([], [], color=ROLES[MAIN[row]], linewidth=2.4 if row in LOUD else 1.4) for row in shown]
@@ -123,14 +123,14 @@ def _draw_untrained(table: dict):
         figure, axes = plt.subplots(figsize=(7.2, 0.3 * len(rows) + 1.2))
         for place, row in enumerate(rows):
             colour = ROLES[MAIN.get(row, "muted")]
-            for width, marker in zip(widths, WIDTH_MARKERS):
+            for width, marker in zip(widths, WIDTH_MARKERS, strict=False):
                 score = table[width].get(row)
                 if score is not None:
                     axes.plot([100 * value for value in score["exact_match"]["per_seed"]], [place] * len(score["exact_match"]["per_seed"]), "|",
                               color=colour, alpha=0.45, markersize=7, clip_on=False)
                     axes.plot(100 * score["exact_match"]["mean"], place, marker, color=colour, markersize=6, clip_on=False, zorder=4)
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
-        for tick, row in zip(axes.get_yticklabels(), rows):
+        for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_color(ROLES[MAIN.get(row, "muted")])
             tick.set_fontweight("bold" if row in LOUD else "normal")
         axes.invert_yaxis()
@@ -164,7 +164,7 @@ def _tokens(axes, study: dict, rows: Sequence[str], roles: dict[str, str]) -> No
         axes.plot(reached, [place] * len(reached), "o", color=ROLES["ink"], markersize=2.8)
         axes.text(max([length, *reached]) + 0.02 * budget, place, text, va="center", fontsize=9, color=ROLES["ink"])
     axes.set_yticks(range(len(rows)), [label(row) for row in rows])
-    for tick, row in zip(axes.get_yticklabels(), rows):
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(ROLES[roles[row]])
         tick.set_fontweight("bold" if row in LOUD else "normal")
     axes.invert_yaxis()

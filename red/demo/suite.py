@@ -110,7 +110,7 @@ class Suite:
     def answers(self, model) -> dict[str, str]:
         """What the model says to the first problems of four steps: {question: text}."""
         shown = self.problems[4][:SHOWN]
-        return {problem.question: text for problem, text in zip(shown, generate_answers(model, self.tokenizer, shown))}
+        return {problem.question: text for problem, text in zip(shown, generate_answers(model, self.tokenizer, shown), strict=True)}
 
     def _exact_match(self, measure, model, count: int) -> dict:
         """As `red.evaluate` returns it; of several kinds the mean over the kinds, and the shares by kind and steps: `{"chain 2": share, …}`."""

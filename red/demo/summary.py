@@ -72,7 +72,7 @@ def table(results: dict, details: dict) -> str:
     """The table for a terminal."""
     heading, rows = table_rows(results, details)
     widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths)))
+    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
              for row in [heading, *rows]]
     lines.insert(1, "-" * len(lines[0]))
     note = "* mean and range over the seeds of the full study (benchmarks/starts.py), not of this run"

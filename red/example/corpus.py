@@ -18,6 +18,7 @@ different problems.
 """
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -205,7 +206,7 @@ def _draw_problem(rng: random.Random, split: str, steps: int) -> Problem:
         names = rng.sample(LETTERS, steps)
         value = rng.randrange(MODULUS)
         question, answer = [f"{names[0]} = {value} ;"], [f"{names[0]} {value}"]
-        for before, after in zip(names, names[1:]):
+        for before, after in itertools.pairwise(names):
             sign, operand = rng.choice("+-"), rng.randrange(MODULUS)
             value = (value + operand if sign == "+" else value - operand) % MODULUS
             question.append(f"{before} {sign} {operand} = {after} ;")

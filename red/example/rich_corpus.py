@@ -25,6 +25,7 @@ Held-out text is disjoint from training text by construction (`split_of`), and a
 statements.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _chain(rng: random.Random, level: Level, steps: int, shuffle: bool = False) 
     value = rng.randrange(level.modulus)
     statements = [f"{names[0]} = {value}"]
     answer = statements.copy()
-    for before, after in zip(names, names[1:]):
+    for before, after in itertools.pairwise(names):
         operator, operand = rng.choice(level.operators), rng.randrange(1, level.modulus)
         value = OPERATIONS[operator](value, operand, level.modulus)
         statements.append(f"{before} {operator} {operand} = {after}")
@@ -193,7 +194,7 @@ def _lookup(rng: random.Random, level: Level, steps: int, mixed: bool = False) -
     else:
         path = [*rng.sample(TIES, steps - 1), rng.choice(HOLDINGS)]
     met = [*people[1:steps], rng.choice(ends(people[steps - 1], path[-1]))]
-    facts = dict(zip(zip(people, path), met))  # (person, relation) -> person or thing
+    facts = dict(zip(zip(people, path, strict=False), met, strict=False))  # (person, relation) -> person or thing
     answer = [f"{person} {relation} {end}" for (person, relation), end in facts.items()]
     count = rng.randint(steps + 2, level.most_facts)
     while len(facts) < count:

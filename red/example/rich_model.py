@@ -61,7 +61,7 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwe
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword] - of every configuration
     )
     model = Qwen3ForCausalLM(config).float()
     with torch.no_grad():

@@ -96,4 +96,5 @@ def _packed(stream, count: int, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
         ids += [pad] * spare
         positions += range(spare)
         weights += [0.0] * spare
-    return tuple(torch.tensor([row[part] for row in done]) for part in range(3))
+    ids, positions, weights = (torch.tensor([row[part] for row in done]) for part in range(3))
+    return ids, positions, weights

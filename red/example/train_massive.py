@@ -111,7 +111,7 @@ def sinks(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[Ten
     attentions = [torch.stack(out.attentions) for out in outputs]  # [L, B, heads, T, T] each
     shares = torch.cat([a[..., FAR:, 0].transpose(1, 2).flatten(2) for a in attentions], 2).mean(2)
     values = []
-    for pairs, layer in zip(seen.values(), layers):
+    for pairs, layer in zip(seen.values(), layers, strict=True):
         lengths = [layer.self_attn.v_proj(out).norm(dim=-1) for _, out in pairs]  # [B, T] each
         first, others = (torch.cat([row[:, part].flatten() for row in lengths]) for part in (slice(1), slice(1, None)))
         values.append(first.mean() / others.mean())
@@ -153,7 +153,7 @@ def construct(model: LlamaForCausalLM, batches: list[dict[str, Tensor]]) -> tupl
     # what a norm divides by grows with the outliers, so its gain grows as much
     seen, _ = observe(model, batches, range(len(norms)))
     squares = [torch.cat([stream[0, 1:] for stream, _ in pairs]).square().mean() for pairs in seen.values()]
-    for norm, square, added in zip(norms, squares, [[MARK], [MARK]] + [OUTLIERS] * (len(norms) - 2)):
+    for norm, square, added in zip(norms, squares, [[MARK], [MARK]] + [OUTLIERS] * (len(norms) - 2), strict=True):
         norm.weight *= (1 + sum(value * value for value in added) / dim / square).sqrt()
 
     # one massive channel marks <bos> in the embedding, one outlier channel marks all else, and nothing of layer 0 touches them
@@ -174,8 +174,8 @@ def construct(model: LlamaForCausalLM, batches: list[dict[str, Tensor]]) -> tupl
     places = mlp.down_proj.weight.norm(dim=0).argsort().tolist()
     at_bos, elsewhere = states(1)
     reads = torch.eye(dim)[marks]
-    neuron(mlp, places[0], 10 * reads[0] / at_bos[marks[0]], at_bos, dict(zip(massive, MASSIVE)))
-    neuron(mlp, places[1], 10 * reads[1] / elsewhere[marks[1]], elsewhere, dict(zip(outliers, OUTLIERS)))
+    neuron(mlp, places[0], 10 * reads[0] / at_bos[marks[0]], at_bos, dict(zip(massive, MASSIVE, strict=True)))
+    neuron(mlp, places[1], 10 * reads[1] / elsewhere[marks[1]], elsewhere, dict(zip(outliers, OUTLIERS, strict=True)))
 
     # the last FFN removes the massive values: y is 10 at <bos>, and at other tokens about -20, thus off, by their outliers
     mlp, at_bos, elsewhere = layers[-1].mlp, *states(2 * len(layers) - 1)
@@ -183,7 +183,7 @@ def construct(model: LlamaForCausalLM, batches: list[dict[str, Tensor]]) -> tupl
     reads = torch.zeros(dim)
     reads[massive] = 10 * at_bos[massive] / at_bos[massive].square().sum()
     reads[outliers] = -20 * elsewhere[outliers] / elsewhere[outliers].square().sum()
-    neuron(mlp, place, reads, at_bos, dict(zip(massive, (-value for value in MASSIVE))))
+    neuron(mlp, place, reads, at_bos, dict(zip(massive, (-value for value in MASSIVE), strict=True)))
 
     held: Held = []
 

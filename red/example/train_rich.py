@@ -144,7 +144,7 @@ def train(
         if state["run"] != run:
             raise ValueError(f"the checkpoint in {folder} is of {state['run']}, asked for is {run}: give the same settings")
         model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(pairs, state["optimizers"]):
+        for (optimizer, _), saved in zip(pairs, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, spent, curve = state["step"], state["seconds"], state["curve"]
     elif (folder / "checkpoint.pt").exists():

@@ -76,7 +76,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword] - of every configuration
     )
     model = LlamaForCausalLM(config).float()
     with torch.no_grad():

@@ -102,7 +102,7 @@ class _Fit:
         self.student = build_student(teacher, self.hidden_size, dtype=torch.promote_types(teacher.dtype, torch.float32)).eval()
         self.parameters = dict(self.student.named_parameters())
         self.eps = teacher.config.rms_norm_eps
-        self.take({name: tensor for name, tensor in self.maps.items()})
+        self.take(dict(self.maps))
 
     def take(self, found: dict[str, Tensor]) -> None:
         """Put maps into the student's weights."""

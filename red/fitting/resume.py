@@ -71,7 +71,8 @@ class StartFolder:
         return found
 
     def keep_half_layer(self, point: int, maps: dict[str, Tensor]) -> None:
-        self._write(self._half_layer(point), {**maps, MARK: self.mark})
+        if self.mark is not None:
+            self._write(self._half_layer(point), {**maps, MARK: self.mark})
 
     def whole(self) -> dict[str, Tensor] | None:
         """All maps (and `channels`), or None where the start was not finished."""

@@ -42,7 +42,7 @@ def kl_to_teacher(teacher, student, examples: Sequence[dict], *, batch_size: int
     check_examples(examples, None, vocabularies[0])
     fill = pad_id(config=teacher.config)
     totals: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(5))  # document -> count, and the four sums
-    rows = [(ids, counted, example.get("number", place)) for place, (example, (ids, counted)) in enumerate(zip(examples, encode(None, examples)))]
+    rows = [(ids, counted, example.get("number", place)) for place, (example, (ids, counted)) in enumerate(zip(examples, encode(None, examples), strict=True))]
     rows = sorted((row for row in rows if any(row[1][1:])), key=lambda row: len(row[0]))
     if not rows:
         raise REDError(f"The {len(examples)} documents have no token to predict: each needs two tokens or more that are not masked. Give longer text.")
@@ -57,15 +57,15 @@ def kl_to_teacher(teacher, student, examples: Sequence[dict], *, batch_size: int
                 ids, mask = pad([ids for ids, _, _ in chosen], model, fill, side="right")
                 logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][counted.to(model.device)])
                 targets = ids[:, 1:][counted.to(model.device)]
-            values = torch.cat([_compare(a.to(b.device), b, c) for a, b, c in zip(*(part.split(TOKENS) for part in (*logits, targets)))])
+            values = torch.cat([_compare(a.to(b.device), b, c) for a, b, c in zip(*(part.split(TOKENS) for part in (*logits, targets)), strict=True)])
             owners = torch.arange(len(chosen)).unsqueeze(1).expand_as(counted)[counted]
             sums = torch.zeros(len(chosen), 5, dtype=torch.float64).index_add_(0, owners, values.double().cpu())
-            for (_, _, number), row in zip(chosen, sums.numpy()):
+            for (_, _, number), row in zip(chosen, sums.numpy(), strict=True):
                 totals[number] += row
     table = np.stack(list(totals.values()))
     count = table[:, 0]
     found = {name: {"mean": float(column.sum() / count.sum()), "stderr": ratio_error(column, count)}
-             for name, column in zip(("kl", "teacher_loss", "student_loss", "agreement"), table[:, 1:].T)}
+             for name, column in zip(("kl", "teacher_loss", "student_loss", "agreement"), table[:, 1:].T, strict=True)}
     return {**found, "tokens": int(count.sum()), "documents": len(table)}
 
 

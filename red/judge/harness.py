@@ -111,13 +111,13 @@ def compare(teacher: dict, student: dict) -> list[Row]:
             other = student["results"][task].get(key)
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)) or not isinstance(other, (int, float)):
                 continue
-            errors = tuple(_number(run["results"][task].get(f"{metric}_stderr,{kind}")) for run in (teacher, student))
+            errors = [_number(run["results"][task].get(f"{metric}_stderr,{kind}")) for run in (teacher, student)]
             items = [_items(run, task, metric, kind) for run in (teacher, student)]
-            difference = _paired(items, (value, other)) or unpaired_difference(value, other, errors)
+            difference = _paired(items, (value, other)) or unpaired_difference(value, other, (errors[0], errors[1]))
             count = student.get("n-samples", {}).get(task, {}).get("effective") or len(items[1])
             better = student.get("higher_is_better", {}).get(task, {}).get(metric)
             name = metric if kind == "none" else f"{metric} ({kind})"
-            rows.append(Row(task, name, count, float(value), float(other), *errors, difference, better, _by_steps(items)))
+            rows.append(Row(task, name, count, float(value), float(other), errors[0], errors[1], difference, better, _by_steps(items)))
     return rows
 
 
@@ -164,7 +164,7 @@ def _paired(items: list[list[dict]], reported: tuple[float, float]) -> Differenc
             means = [side.mean() if dimensions == 1 else side[:, 0].sum() / side[:, 1].sum() for side in values]
             given = [statistic(mean) if statistic else mean for mean in means]
             if np.allclose(given, reported, rtol=1e-6, atol=1e-9):
-                return paired_difference(*values, statistic)
+                return paired_difference(values[0], values[1], statistic)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -32,7 +33,7 @@ class Judgement:
         sides = (self.teacher, self.student)
         rows = [["", "teacher", "student", "student / teacher"], ["", self.teacher["name"], self.student["name"], ""]]
         counts = [("parameters", "parameters"), ("without embeddings", "non_embedding_parameters"), ("hidden size", "hidden_size")]
-        rows += [[label, *(f"{side[key]:,}" for side in sides), f"{_share(sides, lambda side: side[key]):.3f}"] for label, key in counts]
+        rows += [[label, *(f"{side[key]:,}" for side in sides), f"{_share(sides, operator.itemgetter(key)):.3f}"] for label, key in counts]
         if all(side["generation"] for side in sides):
             for batch in self.teacher["generation"]["batches"]:
                 for label, key in (("tokens/s", "tokens_per_second"), ("ms per answer", "ms_per_answer")):
@@ -94,8 +95,8 @@ def _signed(value: float) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width, the first `left` of them from the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:<{width}}" if place < left else f"{cell:>{width}}" for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" if place < left else f"{cell:>{width}}" for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
 
 
 def _plain(value):

@@ -28,7 +28,7 @@ def with_adapters(model: PreTrainedModel, args: LoRiConfig) -> PreTrainedModel:
     for table in (wrapped.get_input_embeddings(), wrapped.get_output_embeddings()):
         if table is not None and not hasattr(table, "base_layer"):
             table.weight.requires_grad_(True)
-    return wrapped
+    return wrapped  # pyrefly: ignore[bad-return] - it behaves as one
 
 
 @contextmanager

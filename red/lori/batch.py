@@ -13,7 +13,7 @@ from red.packing import IGNORE
 
 
 def prompt_and_target(row: Encoded, target: str, bot: int | None = None, eot: int | None = None, *,
-                      hidden_steps: int | None = None) -> tuple[list[int], list[int]]:
+                      hidden_steps: int | None = None) -> tuple[list, list]:
     """What a row's model reads first, and what it reads and says then. The first token of the target is given, the others are to be said.
 
     Args:
@@ -43,7 +43,7 @@ def batch_of(rows: Sequence[Encoded], target: str, *, pad: int, bot: int | None 
     labels = target_ids.masked_fill(target_mask == 0, IGNORE)
     labels[:, 0] = IGNORE
     return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "target_ids": target_ids, "target_mask": target_mask, "labels": labels,
-            "anchor": torch.tensor([len(said) - len(row.answer) - 1 for (_, said), row in zip(pairs, rows)])}
+            "anchor": torch.tensor([len(said) - len(row.answer) - 1 for (_, said), row in zip(pairs, rows, strict=True)])}
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, side: str) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     """
     if config is not None and settings:
         raise REDError(f"Give config or settings, not both; settings were {sorted(settings)}. Put them into the LoRiConfig.")
-    config = config or build_config(settings, LoRiConfig)
+    config = config or build_config(settings, LoRiConfig)  # pyrefly: ignore[bad-assignment] - of the class that is asked for
     if not isinstance(config, LoRiConfig):
         raise REDError(f"config is a {type(config).__name__}; method='lori' takes a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path

@@ -88,4 +88,4 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: torch
     if model.projection is not None:
         weights = require_existing(folder / WEIGHTS, "The projection")
         model.projection.load_state_dict(load_file(weights))
-    return model.to(device).eval(), tokenizer, facts
+    return model.to(device).eval(), tokenizer, facts  # pyrefly: ignore[bad-return] - a tokenizer is not None

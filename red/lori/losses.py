@@ -62,7 +62,8 @@ class ScaleStream:
     """Scales of the teacher's trajectories g [T, D], which come one by one; sums are float64."""
 
     def __init__(self):
-        self.count, self.total, self.square, self.centred, self.raw = 0, 0.0, 0.0, 0.0, 0.0
+        self.count, self.square, self.centred, self.raw = 0, 0.0, 0.0, 0.0
+        self.total: float | Tensor = 0.0
 
     def add(self, g: Tensor) -> None:
         g = g.double()[None]

@@ -134,4 +134,4 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         with torch.no_grad():
             for table in tables.values():
                 table[old:] = torch.randn_like(table[old:]) * table[:old].float().std().to(table.dtype)
-    return tuple(ids)
+    return tuple(ids)  # pyrefly: ignore[bad-return]

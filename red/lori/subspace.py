@@ -134,7 +134,7 @@ def fit_subspace(stream: GramStream, *, energy: float = 0.9, rank_layers: int | 
             raise REDError(f"{name}={rank}: must lie between 1 and {size}, {what}.")
         spectra.append(values)
         factors.append(vectors[:, :rank].float().contiguous())
-    return Subspace(*factors, scale.float()), Spectrum(*spectra)
+    return Subspace(factors[0], factors[1], scale.float()), Spectrum(*spectra)
 
 
 def rank_of(eigenvalues: Tensor, energy: float) -> int:

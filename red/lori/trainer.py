@@ -68,7 +68,8 @@ class LoRiTrainer(LoRiCheckpoints, Trainer):
         processing_class: the tokenizer, which knows the special tokens (`red.lori.model.add_special_tokens`).
         trajectories: the teacher's, of exactly the training rows; needed where the objective aligns with the offline teacher.
         pad, bot, eot: token ids.
-        Others as in transformers' Trainer.
+
+    The other arguments are those of transformers' Trainer.
 
     `train` resumes, stops at SIGTERM and skips steps that are not finite as `red.reliability.Reliable.train` says.
 

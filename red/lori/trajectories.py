@@ -94,7 +94,7 @@ def kept(folder: Path, key: str) -> Trajectories | None:
         return None
     try:
         found = Trajectories(folder)
-    except Exception as error:  # torn by hand or by a full disk: made again
+    except Exception as error:  # noqa: BLE001 - torn by hand or by a full disk: made again
         logger.warning(f"The trajectories in {folder} cannot be read ({error}); they are computed again.")
         return None
     if found.key != key:
@@ -201,7 +201,8 @@ class _Spread:
     """Standard deviation per layer of states [L+1, d] that come one by one, over examples and channels together."""
 
     def __init__(self):
-        self.total = self.square = 0.0
+        self.total: float | Tensor = 0.0
+        self.square: float | Tensor = 0.0
         self.count = 0
 
     def add(self, states: Tensor) -> None:

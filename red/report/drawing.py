@@ -14,7 +14,7 @@ from html import escape
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # role → a colour that nothing else has. Each is a CSS variable of the page: --ink, --muted, --grid, --teacher, --start0 …
 ROLES = {"ink": "#010203", "muted": "#040506", "grid": "#070809", "teacher": "#0a0b0c",

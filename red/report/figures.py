@@ -8,6 +8,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from red.report.drawing import MARKERS, ROLES, STYLE, numbers, plt, svg
 from red.report.run import Run, finite_number, thinned
+import itertools
 
 BINS = 256  # columns of the channel map
 DASHED = (0, (5, 3))
@@ -125,7 +126,7 @@ def channels(run: Run) -> str:
             gridspec_kw={"hspace": 0.42},
         )
         width = len(order)
-        for axes, (name, _) in zip(drawn[:, 0], panels):
+        for axes, (name, _) in zip(drawn[:, 0], panels, strict=True):
             axes.set_xlim(0, width)
             if name == "scores":
                 values = _binned(scores[order], width)
@@ -158,7 +159,7 @@ def reasoning(run: Run) -> str:
     points = (
         [(step, min(losses, key=lambda entry: abs(entry[0] - step)), share) for step, share in run.series("canary/share") if step] if losses else []
     )
-    apart = min((late[0] - early[0] for early, late in zip(losses, losses[1:])), default=0)
+    apart = min((late[0] - early[0] for early, late in itertools.pairwise(losses)), default=0)
     points = [(step, entry[1], share) for step, entry, share in points if abs(entry[0] - step) <= apart]
     if len(points) < 2:
         return ""

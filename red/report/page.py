@@ -97,7 +97,7 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Plain text in, a table whose first column names the rows out."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
     body = "\n".join(
-        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for tag, cell in zip(["th", *["td"] * len(row)], row, strict=False)) + "</tr>" for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 

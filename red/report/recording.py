@@ -53,7 +53,7 @@ def quietly(method):
             return None
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:  # a full disk, a model that is odd in some way: nothing of it may end a run
+        except Exception as error:  # noqa: BLE001 - a full disk, a model that is odd in some way: nothing of it may end a run
             said = self.__dict__.setdefault("_said", set())
             if method.__name__ not in said:
                 logger.warning(f"The run's record ({method.__name__.strip('_')}) could not be made: {type(error).__name__}: {error}. "

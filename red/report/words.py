@@ -96,7 +96,7 @@ def canary(run: Run) -> tuple[float | None, float | None, float | None, float | 
 def lowest_share(run: Run, which: str) -> float | None:
     """eRank of the student over the teacher's, at the layer where that is least."""
     which = "start" if run.method == "compress" else which
-    pairs = [(mine, theirs) for mine, theirs in zip(run.ranks(which), run.ranks("teacher")) if theirs]
+    pairs = [(mine, theirs) for mine, theirs in zip(run.ranks(which), run.ranks("teacher"), strict=False) if theirs]
     return min((1.0 if mine is None else mine) / theirs for mine, theirs in pairs) if pairs else None
 
 

@@ -145,7 +145,7 @@ def selection(context: StartContext, channels: Tensor, reader_up: Tensor | None 
     select = torch.zeros(context.width, len(channels), dtype=torch.float64)
     select[channels, torch.arange(len(channels))] = 1.0  # H
     scales = selection_scales(context, channels)
-    maps = {context.embedding: select, **{name: select.T for name in context.writers()}}
+    maps = {context.embedding: select, **dict.fromkeys(context.writers(), select.T)}
     for name, norm in context.readers():
         maps[name] = select if reader_up is None else context.gain(norm)[:, None] * reader_up.T
     for norm, scale in zip(context.norms, scales, strict=True):
@@ -193,7 +193,7 @@ def shared(context: StartContext, down: Tensor, estimate: Tensor | None = None) 
                                                    second / second.diagonal().mean())
         down, estimate = down @ rotation, rotation.T @ estimate
     up = down if estimate is None else estimate.T
-    maps = {context.embedding: down, **{name: down.T for name in context.writers()}, **{f"{norm}.weight": gain for norm, gain in gains.items()}}
+    maps = {context.embedding: down, **dict.fromkeys(context.writers(), down.T), **{f"{norm}.weight": gain for norm, gain in gains.items()}}
     for name, norm in context.readers():
         maps[name] = context.gain(norm)[:, None] * up
     return StartMaps(maps)

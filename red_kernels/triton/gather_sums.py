@@ -36,7 +36,7 @@ def gather_sum_kernel(
     end = tl.load(starts_ptr + channel + 1, mask=known, other=0)
     grad_ptr += batch * grad_batch_stride
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for turn in range(0, tl.max(end - first)):
+    for turn in range(tl.max(end - first)):
         live = first + turn < end
         entry = tl.load(order_ptr + first + turn, mask=live, other=0)
         if LAST:

@@ -142,7 +142,7 @@ def linear_kd_row_kernel(
         value = tl.zeros([LANES], tl.float32)
         mean = tl.zeros([LANES], tl.float32)
         blocks = tl.cdiv(vocabulary, DEPTH * LANES)
-        for turn in range(0, blocks):
+        for turn in range(blocks):
             start = (blocks - 1 - turn) * DEPTH * LANES
             column, z, z_teacher = load_logits(student_ptr, teacher_ptr, start, vocabulary, stride, in_kl, last, inner, CAPPED, TOP_K, DEPTH, LANES)
             q = tl.exp2(z * flat - shift)

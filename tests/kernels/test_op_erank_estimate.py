@@ -64,7 +64,7 @@ def test_the_error_covers_the_truth(many, measured):
     assert truth.min() < 3.2 and truth.max() > 150
     assert covered(value, error, truth) >= 0.95, "300 cases"
     worst = ((value - truth).abs() <= error).double().mean(0)
-    assert worst.min() >= 0.8, dict(zip(SPECTRA, worst.tolist()))  # of 25 each
+    assert worst.min() >= 0.8, dict(zip(SPECTRA, worst.tolist(), strict=True))  # of 25 each
     assert (error <= 0.03 * truth).all(), (error / truth).amax(0)
 
 

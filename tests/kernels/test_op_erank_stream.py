@@ -13,9 +13,9 @@ def draw(*shape, seed=0):
 def streamed(batches, width, masks=None):
     stream = ERankStream(width)
     masks = masks or [None] * len(batches)
-    for x, mask in zip(batches, masks):
+    for x, mask in zip(batches, masks, strict=True):
         stream.add_to_mean(x, mask)
-    for x, mask in reversed(list(zip(batches, masks))):
+    for x, mask in reversed(list(zip(batches, masks, strict=True))):
         stream.add(x, mask)
     return stream
 
@@ -60,11 +60,11 @@ def test_parts_merge_after_each_pass():
     x = rows()
     parts = x[:70], x[70:]
     first = [ERankStream(14), ERankStream(14)]
-    for stream, part in zip(first, parts):
+    for stream, part in zip(first, parts, strict=True):
         stream.add_to_mean(part)
     first[0].merge(first[1])
     second = [first[0].fork(), first[0].fork()]
-    for stream, part in zip(second, parts):
+    for stream, part in zip(second, parts, strict=True):
         stream.add(part)
     with pytest.raises(ValueError, match="the first pass had 120 rows and the second 70"):
         second[0].erank()

@@ -6,8 +6,8 @@ from op_truth import ODD, drawn
 from test_op_channel_stats import ALL, check, in_order, problem
 
 pytest.importorskip("triton")
-from red_kernels import channel_stats  # noqa: E402
-from red_kernels.triton import channel_stats as kernels, launch  # noqa: E402
+from red_kernels import channel_stats
+from red_kernels.triton import channel_stats as kernels, launch
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["channel_stats"]]
 

@@ -6,8 +6,8 @@ from op_truth import ODD, assert_near, drawn
 from test_op_covariance import dense, problem
 
 pytest.importorskip("triton")
-from red_kernels import covariance  # noqa: E402
-from red_kernels.triton import covariance as kernels, launch  # noqa: E402
+from red_kernels import covariance
+from red_kernels.triton import covariance as kernels, launch
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["covariance"]]
 

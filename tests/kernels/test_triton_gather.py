@@ -6,8 +6,8 @@ from op_truth import ODD, assert_near, drawn
 from test_op_gather import dense, problem, value_and_gradients
 
 pytest.importorskip("triton")
-from red_kernels import gather, inverse_index  # noqa: E402
-from red_kernels.triton import gather as kernels, gather_sums, launch  # noqa: E402
+from red_kernels import gather, inverse_index
+from red_kernels.triton import gather as kernels, gather_sums, launch
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["gather"]]
 

@@ -6,8 +6,8 @@ from op_truth import assert_near, drawn
 from test_op_gather_many import doubled, one_by_one, problem
 
 pytest.importorskip("triton")
-from red_kernels import gather_many  # noqa: E402
-from red_kernels.triton import gather_many as kernels, launch  # noqa: E402
+from red_kernels import gather_many
+from red_kernels.triton import gather_many as kernels, launch
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["gather_many"]]
 

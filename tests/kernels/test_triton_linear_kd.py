@@ -7,8 +7,10 @@ from test_op_linear_kd import DIVERGENCES, NEEDS, dense, doubled, leaf, problem,
 from test_op_linear_kd_options import far_apart
 
 pytest.importorskip("triton")
-from red_kernels import linear_kd  # noqa: E402
-from red_kernels.triton import head_gradient, launch, linear_kd as kernels  # noqa: E402
+import itertools
+
+from red_kernels import linear_kd
+from red_kernels.triton import head_gradient, launch, linear_kd as kernels
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["linear_kd"]]
 
@@ -222,7 +224,7 @@ def test_no_launch_of_the_narrowing_writes_where_it_reads(on_triton, monkeypatch
     monkeypatch.setattr(head_gradient, "linear_kd_narrow_kernel", {(blocks,): lambda *args, **options: spans.append(args[2:]) for blocks in range(1, 99)})
     kernels.narrowed(torch.randn(300_001, 1, device=on_triton), torch.bfloat16)
     assert spans[0] == (0, head_gradient.NARROW_BLOCK) and spans[-1][1] == 300_001
-    for (_, before), (first, last) in zip(spans, spans[1:], strict=False):
+    for (_, before), (first, last) in itertools.pairwise(spans):
         assert first == before and 2 * last <= 4 * first
 
 

@@ -6,8 +6,8 @@ from op_truth import drawn
 from test_op_rms_norm_stats import FLOATS, check, padded_with, problem, replaced
 
 pytest.importorskip("triton")
-from red_kernels import rms_norm_stats  # noqa: E402
-from red_kernels.triton import channel_stats as per_segment, launch, rms_norm_stats as kernels  # noqa: E402
+from red_kernels import rms_norm_stats
+from red_kernels.triton import channel_stats as per_segment, launch, rms_norm_stats as kernels
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["rms_norm_stats"]]
 

@@ -6,8 +6,8 @@ from op_truth import assert_near, drawn, errors
 from test_op_selection_low_rank import dense, problem, value_and_gradients
 
 pytest.importorskip("triton")
-from red_kernels import selection_low_rank  # noqa: E402
-from red_kernels.triton import launch, selection_low_rank as kernels  # noqa: E402
+from red_kernels import selection_low_rank
+from red_kernels.triton import launch, selection_low_rank as kernels
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["selection_low_rank"]]
 

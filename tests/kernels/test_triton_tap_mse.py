@@ -6,8 +6,8 @@ from op_truth import ODD, assert_near, drawn
 from test_op_tap_mse import dense, problem, value_and_gradients
 
 pytest.importorskip("triton")
-from red_kernels import tap_mse  # noqa: E402
-from red_kernels.triton import launch, tap_mse as kernels  # noqa: E402
+from red_kernels import tap_mse
+from red_kernels.triton import launch, tap_mse as kernels
 
 LAUNCHES = [chosen.name for chosen in launch.LAUNCHES["tap_mse"]]
 

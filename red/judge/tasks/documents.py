@@ -45,7 +45,7 @@ def _chains() -> dict[str, Dataset]:
     splits = {}
     for split, count in (("test", PROBLEMS), ("validation", 10)):
         kinds = [problems(split, steps, count) for steps in STEPS]
-        splits[split] = Dataset.from_list([vars(problem) for row in zip(*kinds) for problem in row])
+        splits[split] = Dataset.from_list([vars(problem) for row in zip(*kinds, strict=True) for problem in row])
     return splits
 
 

@@ -10,6 +10,7 @@ can look up where the word before them leads; whoever wants to know more has to 
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from red.example import split_of
@@ -54,4 +55,4 @@ def _draw(rng: random.Random, hops: int) -> Row:
     for _ in range(hops):
         path.append(follows[path[-1]])
     table = " ".join(f"{number} {follows[number]}" for number in pairs)
-    return Row(f"{table} , {path[0]} {hops} :", tuple(f"{a} {b}" for a, b in zip(path, path[1:])), str(path[-1]))
+    return Row(f"{table} , {path[0]} {hops} :", tuple(f"{a} {b}" for a, b in itertools.pairwise(path)), str(path[-1]))

@@ -32,7 +32,7 @@ def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
         max_position_embeddings=128, tie_word_embeddings=False, rms_norm_eps=1e-6, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, attn_implementation="sdpa"))
+        eos_token_id=tokenizer.eos_token_id, attn_implementation="sdpa"))  # pyrefly: ignore[unexpected-keyword] - of every configuration
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
