@@ -1,52 +1,36 @@
-"""LoRi and its baselines on the embedded example, and RED then LoRi: `python -m benchmarks.lori tune|table|longer|corners`.
+"""LoRi and its baselines on the embedded example, and RED then LoRi: `python -m benchmarks.lori tune|table|longer|corners|switches`.
 
     tune      every method with every learning rate of the same grid, the best on the validation split: red/lori/demo/learning_rates.json
     table     every method at its rate, several seeds, on the test split
     longer    who learned something, and who did not, with four times the steps; the better of two rates on the validation split at seed 0
     corners   the teacher narrowed by RED, then both made latent by LoRi: accuracy, parameters, latency
-The last three write their part of benchmarks/results/lori.json. Every run is kept in benchmarks/results/lori_runs.jsonl and not made again.
+    switches  LoRi's open switches, one changed at a time (lori_switches.py)
+The last four write their part of benchmarks/results/lori.json. Every run is kept in benchmarks/results/lori_runs.jsonl and not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import red
+from benchmarks.lori_runs import RESULTS, best_rate, kept, write
+from benchmarks.lori_switches import switches
 from red.files import atomic_write_json
 from red.lori.demo.experiment import METHODS, MethodRun, run_method, teacher_path
 from red.lori.demo.main import learning_rates, low_rank, summary, table
 from red.lori.demo.problems import ANSWER_PREFIX, problems
 from red.lori.files import Facts, load, save
 from red.lori.model import LatentModel
-from red.report import provenance
 
-RESULTS = Path(__file__).parent / "results"
 RATES = Path(red.__file__).parent / "lori" / "demo" / "learning_rates.json"
 GRID = (1e-3, 3e-3, 6e-3)
 SEEDS = (0, 1)
 TUNED = ("lori", "codi", "no_cot", "coconut", "codi_joint")  # the two ablations take LoRi's rate
 NARROW = 32  # of 64
-CACHE = Path(tempfile.gettempdir()) / "red-lori-trajectories"  # known by the hash of teacher, problems and settings
-
-
-def kept(run: MethodRun, results: Path) -> dict:
-    """The run's outcome: as it was kept, or made now and kept."""
-    path, settings = results / "lori_runs.jsonl", asdict(run)
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        if (found := json.loads(text))["settings"] == settings:
-            return found
-    found = provenance.finite({**run_method(run, trajectories=CACHE), "commit": provenance.commit()})
-    with path.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(f"{run.method:<22} lr {run.learning_rate:g} seed {run.seed}: validation {found['validation_accuracy']:.3f}, test {found['accuracy']:.3f} "
-          f"{list(found['accuracy_by_steps'].values())} {found['train_seconds']:.0f} s", flush=True)
-    return found
 
 
 def tune(results: Path = RESULTS, rates: Path = RATES) -> None:
@@ -64,17 +48,16 @@ def full_table(results: Path = RESULTS, seeds=SEEDS) -> None:
         runs = [kept(MethodRun(method, rates.get(method, 0.0), seed=seed), results) for seed in (seeds if method != "explicit_cot" else seeds[:1])]
         methods[method] = summary(runs)
     print(table(methods))
-    _write(results, {"methods": methods, "low_rank": low_rank()})
+    write(results, {"methods": methods, "low_rank": low_rank()})
 
 
 def longer(results: Path = RESULTS, steps: int = 2000, rates=(1e-3, 3e-3), methods=("lori", "codi", "coconut"), seeds=SEEDS) -> None:
     found = {}
     for method in methods:
-        scores = {rate: kept(MethodRun(method, rate, steps=steps), results)["validation_accuracy"] for rate in rates}
-        rate = max(scores, key=scores.get)
+        rate = best_rate(method, rates, results, steps=steps)
         found[method] = summary([kept(MethodRun(method, rate, seed=seed, steps=steps), results) for seed in seeds])
     print(table(found))
-    _write(results, {"longer": {"steps": steps, "rates": rates, "methods": found}})
+    write(results, {"longer": {"steps": steps, "rates": rates, "methods": found}})
 
 
 def corners(results: Path = RESULTS, steps: int = 600, latent_steps: int = 2000, rate: float = 1e-3) -> None:
@@ -94,17 +77,11 @@ def corners(results: Path = RESULTS, steps: int = 600, latent_steps: int = 2000,
                 kept_keys = ("accuracy", "accuracy_by_steps", "tokens", "latent_steps", "parameters", "latency_ms", "train_seconds")
                 found[f"{name} {kind}"] = {key: outcome[key] for key in kept_keys}
                 print(f"{name} {kind}: {found[f'{name} {kind}']}", flush=True)
-    _write(results, {"corners": {"hidden_size": [teacher.config.hidden_size, NARROW], "narrowed_by": f"red.distill, start fitted, {steps} steps",
+    write(results, {"corners": {"hidden_size": [teacher.config.hidden_size, NARROW], "narrowed_by": f"red.distill, start fitted, {steps} steps",
                                  "latent_steps_of_training": latent_steps, "learning_rate": rate, **found}})
-
-
-def _write(results: Path, part: dict) -> None:
-    path = results / "lori.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    provenance.write_json(path, {**before, **part, "versions": provenance.versions(), "commit": provenance.commit(), "device": f"{provenance.device('cpu')}, 1 thread"})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "table", "longer", "corners"))
-    {"tune": tune, "table": full_table, "longer": longer, "corners": corners}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("tune", "table", "longer", "corners", "switches"))
+    {"tune": tune, "table": full_table, "longer": longer, "corners": corners, "switches": switches}[parser.parse_args().what]()

@@ -23,13 +23,34 @@ from pathlib import Path
 from transformers.utils import logging
 
 from red.errors import REDError
-from red.files import atomic_write_json, sync
+from red.files import atomic_write_json, require_empty_output, require_existing, sync
 
 MANIFEST = "manifest.json"
 SAVING = "_saving"  # an upload to the hub leaves out names that begin with _
 BLOCK = 1 << 22  # bytes read at a time
 
 logger = logging.get_logger(__name__)
+
+
+def students_place(output_dir: str | Path, resume: bool | str | Path, *, ignoring: Iterable[str] = ()) -> Path:
+    """`output_dir/student`, of a run that begins in a folder that is missing or empty, or that goes on (`resume`) and has not ended.
+
+    Args:
+        ignoring: what may lie in the folder of a run that begins; what a first save left that was cut short may too.
+
+    Raises:
+        REDError: the folder is not empty, there is no checkpoint, or the run is finished.
+    """
+    place = Path(output_dir) / "student"
+    if not resume:
+        require_empty_output(output_dir, ignoring=(*ignoring, SAVING))
+    elif resume is True and not checkpoints(output_dir):
+        raise REDError(f"output_dir={str(output_dir)!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
+    else:
+        require_empty_output(place, what="The exported student", remedy="This run is finished.")
+        if resume is not True:
+            require_existing(resume, "The checkpoint")
+    return place
 
 
 def name_of(step: int) -> str:

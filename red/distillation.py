@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from red.calibration import Calibration
-from red.checkpoint_folders import SAVING, checkpoints
+from red.checkpoint_folders import students_place
 from red.config import REDConfig
 from red.data import tokenizer_hash
 from red.errors import REDError
 from red.families import teacher_config
-from red.files import STARTS, require_empty_output, require_existing
+from red.files import STARTS
 from red.prepare import check_shape, load_teacher, require_packing
 from red.report.recording import Record, leftovers
 from red.settings import build_config
@@ -103,16 +103,7 @@ def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: 
         require_max_steps(config.max_steps)
     shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
     check_shape(shape, config)
-    path = Path(config.output_dir) / "student"
-    if not resume:
-        require_empty_output(config.output_dir, ignoring=(*STARTS, SAVING, *leftovers(config.output_dir)))  # an interrupted fit goes on, and a first save that was cut short is nothing
-    elif resume is True and not checkpoints(config.output_dir):
-        raise REDError(f"output_dir={config.output_dir!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
-    else:
-        require_empty_output(path, what="The exported student", remedy="This run is finished.")
-        if resume is not True:
-            require_existing(resume, "The checkpoint")
-    return teacher, path
+    return teacher, students_place(config.output_dir, resume, ignoring=(*STARTS, *leftovers(config.output_dir)))  # an interrupted fit goes on
 
 
 def training_source(given, config: REDConfig):

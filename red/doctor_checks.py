@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from red import costs, data, losses
-from red.checkpoints import ADAM_MOMENTS, in_gib
+from red.checkpoints import ADAM_MOMENTS
 from red.config import REDConfig
 from red.errors import REDError
+from red.files import in_gib
 from red_kernels import linear_kd
 
 UNKNOWN = 0.05  # share of unknown words in a text that its own tokenizer does not reach

@@ -123,3 +123,8 @@ def require_existing(path: str | Path, what: str) -> Path:
     hint = f"did you mean {str(missing.parent / like)!r}?" if like else f"{str(missing.parent.absolute())!r} holds nothing of a like name."
     part = "" if missing == path else f" ({str(missing)!r} is the part that is missing)"
     raise REDError(f"{what} {str(path)!r} does not exist{part}; {hint}")
+
+
+def in_gib(count: float) -> str:
+    """Bytes for people: `1.2 GiB`, or MiB below a tenth of one."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"

@@ -6,8 +6,9 @@ import contextlib
 
 import torch
 
-from red.checkpoints import ADAM_MOMENTS, in_gib
+from red.checkpoints import ADAM_MOMENTS
 from red.errors import REDError
+from red.files import in_gib
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 import types
 
@@ -25,13 +24,12 @@ from red import attention, checkpointing, float8, losses
 from red.calibration import Calibration, model_hash
 from red.callbacks import ERankCallback
 from red.canary import CanaryCallback, canary_problems
-from red.checkpoints import Checkpoints, RoomForCheckpoints
+from red.checkpoints import Checkpoints
 from red.compiled import CompiledLayers
 from red.config import REDConfig
 from red.data import collate, for_attention
-from red.errors import REDError, Terminated
+from red.errors import REDError
 from red.export import export
-from red.guard import StepGuard
 from red.memory_advice import explained
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
 from red.progress import RateAndLosses
@@ -40,7 +38,6 @@ from red.rank_bonus import RankBonus
 from red.sharding import ShardedTraining, gathered, is_sharded, whole_student
 from red.streaming import StreamLoading, require_steps
 from red.taps import Taps
-from red.termination import Termination
 from red_kernels import linear_kd
 
 TAP_FLOOR = 1e-6  # of the mean over all taps
@@ -122,9 +119,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
             self.add_callback(CanaryCallback(self, canary, steps=args.canary_steps))
         if self.pop_callback(ProgressCallback):
             self.add_callback(RateAndLosses(self))
-        self.guard, self.termination = StepGuard(self, args.max_skipped_steps), Termination()
-        for callback in (self.guard, self.termination, RoomForCheckpoints(self.projections)):
-            self.add_callback(callback)
+        self._watch_over(("ce", "kl", "tap_mse"))
 
     def _agree(self) -> None:
         """Every rank goes on from rank 0's start: one of its own could differ in a bit, or in a channel, and drift from there."""
@@ -194,20 +189,9 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         return self.rank_bonus.watching() if self.rank_bonus else contextlib.nullcontext()
 
     def train(self, resume_from_checkpoint=None, **kwargs):  # pyrefly: ignore[bad-override] - of Trainer's, not of nn.Module's
-        """Trainer's. `resume_from_checkpoint=True` takes the last checkpoint of output_dir that is whole, a path that one.
-
-        Raises:
-            REDError: nothing to resume from; too many steps in a row that are not finite; the disk is full; out of memory, with what to lower.
-            Terminated: on SIGTERM, once the step is finished and its checkpoint saved; exits with 143 unless caught.
-        """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        with explained(self), self.termination.listening():
-            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if self.termination.agreed:
-            message = f"SIGTERM: saved {self.args.output_dir}/checkpoint-{self.state.global_step}. Go on with resume (red distill --resume)."
-            logger.warning(message)
-            raise Terminated(message)
-        return result
+        """As `red.reliability.Reliable.train`; out of memory it raises a REDError that says what to lower."""
+        with explained(self):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def training_step(self, *args, **kwargs):
         try:
@@ -229,20 +213,6 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager(), attention.packed(self.attention, self.teacher, self.student):
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def log(self, logs, start_time=None):
-        """Adds the parts of the loss: means over the steps since the last log that were taken; and, once there are any, those dropped since the start."""
-        if "loss" in logs:
-            guard = self.guard
-            if guard.taken:
-                parts = self.accelerator.reduce(guard.sums, "mean") if self.args.world_size > 1 else guard.sums
-                logs |= dict(zip(("ce", "kl", "tap_mse"), (parts / guard.taken).tolist(), strict=True))
-                logs["loss"] *= (guard.taken + guard.dropped) / guard.taken  # Trainer divided by all steps
-            if guard.skipped:  # trackers stumble over NaN
-                logs = {name: value for name, value in logs.items() if math.isfinite(value) and (name != "loss" or guard.taken)}
-                logs["skipped_steps"] = guard.skipped
-            guard.forget_sums()
-        super().log(logs, start_time)
 
     # ---- the step ----
 
@@ -273,8 +243,14 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
         if grad_norm is None:  # max_grad_norm=0: report the norm, clip nothing
             self._pull_back()
             grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.projections.parameters() if p.grad is not None]))
-        self.guard.judge(grad_norm)
-        return grad_norm
+        return super()._get_grad_norm(model, grad_norm)
+
+    def gradients(self):
+        return {factor.name: factor.weight.grad for factor in self.projections if factor.weight.grad is not None}
+
+    def forget_gradients(self) -> None:
+        for master in self.projections.parameters():
+            master.grad = None
 
     def export(self, output_dir, **kwargs):
         """Write the student as a plain Hugging Face checkpoint, reloaded and compared; see `red.export`. With several processes all of them call it,

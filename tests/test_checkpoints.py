@@ -21,7 +21,9 @@ import red
 from red import checkpoint_folders as folders
 from red import checkpoints
 from red.checkpoint_folders import MANIFEST, SAVING, last_checkpoint
+from red.checkpoint_room import RoomForCheckpoints
 from red.errors import REDError
+from red.files import in_gib
 
 EVERY_2 = dict(save_strategy="steps", save_steps=2, max_steps=6)
 
@@ -231,8 +233,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_teacher, tmp_path, mon
     trainer = make_trainer(tiny_teacher(), tmp_path, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
-        patch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
-        size = checkpoints.in_gib(checkpoints.checkpoint_bytes(trainer.projections))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
+        size = in_gib(trainer.checkpoint_bytes())
         with pytest.raises(REDError, match=rf"checkpoint of step 4 could not be written.*It takes about {size}, and 3.00 MiB are free.*checkpoint-2 is whole.*save_total_limit.*resume"):
             trainer.train()
     assert names(tmp_path) == ["checkpoint-2"] and last_checkpoint(tmp_path).name == "checkpoint-2"
@@ -251,19 +253,19 @@ def test_what_a_checkpoint_is_said_to_take(finished):
     """Of its files the student, the projections and the moments are counted; the rest is small at real sizes, not at this one."""
     folder, trainer = finished
     written = sum((folder / "checkpoint-6" / name).stat().st_size for name in ("model.safetensors", "projections.safetensors", "optimizer.pt"))
-    assert 0.75 * written < checkpoints.checkpoint_bytes(trainer.projections) < written
+    assert 0.75 * written < trainer.checkpoint_bytes() < written
 
 
 @pytest.mark.parametrize(("limit", "coming"), [(None, 3), (2, 3), (1, 2), (5, 3), (-1, 3)])
 def test_a_warning_before_the_first_step_where_the_disk_is_too_small(tiny_teacher, tmp_path, monkeypatch, caplog, limit, coming):
     """Three saves are to come; with a limit one more than it stands there for a moment."""
     trainer = make_trainer(tiny_teacher(), tmp_path, save_total_limit=limit, **EVERY_2)
-    size = checkpoints.checkpoint_bytes(trainer.projections)
-    callback = next(found for found in trainer.callback_handler.callbacks if isinstance(found, checkpoints.RoomForCheckpoints))
+    size = trainer.checkpoint_bytes()
+    callback = next(found for found in trainer.callback_handler.callbacks if isinstance(found, RoomForCheckpoints))
     state = SimpleNamespace(max_steps=6, global_step=0, save_steps=2, epoch=0)
     for free, warned in ((coming * size, False), (coming * size - 1, True)):
         caplog.clear()
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with caplog.at_level(logging.WARNING):
             callback.on_train_begin(trainer.args, state, None)
         assert (f"{coming} more checkpoint" in caplog.text) == warned

@@ -79,9 +79,11 @@ def last(folder: Path) -> int:
 def die_at(where: str, calls: int, when: str) -> None:
     """Patch one function of this (child) process so that its `calls`-th call kills the process."""
     from red import checkpoint_folders, checkpoints, trainer
+    from red.lori import checkpoints as lori
+    from red.lori import files
 
     *path, name = where.split(".")
-    owner = {"checkpoints": checkpoints, "trainer": trainer, "folders": checkpoint_folders}[path[0]]
+    owner = {"checkpoints": checkpoints, "trainer": trainer, "folders": checkpoint_folders, "lori": lori, "files": files}[path[0]]
     for part in path[1:]:
         owner = getattr(owner, part)
     real, count = getattr(owner, name), 0
@@ -96,6 +98,7 @@ def die_at(where: str, calls: int, when: str) -> None:
         elif when == "within" and name == "rmtree":
             next(path for path in Path(args[0]).rglob("*") if path.is_file()).unlink()
         elif when == "within":
+            Path(args[0]).parent.mkdir(parents=True, exist_ok=True)
             Path(args[0]).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_lori import PREFIX, number_tokenizer, table_rows
 
+from benchmarks import lori_documents, lori_switches
 from red.cli import main
 from red.errors import REDError
 from red.example import split_of
@@ -82,6 +83,28 @@ def test_a_method_trains_from_the_teacher(method, tmp_path):
     found = run_method(MethodRun(method, 1e-3, steps=2, batch=4, train_problems=8, problems=5), trajectories=tmp_path)
     assert set(found["accuracy_by_steps"]) == {"1", "2", "3", "4", "5"} and found["latency_ms"] > 0 and found["latent_steps"] == (5 if method == "lori" else 0)
     assert (tmp_path / "0" / "trajectories.json").exists() == (method == "lori")
+
+
+def test_the_page_is_current():
+    """Tables and pictures are those of the results."""
+    found, page = json.loads(lori_documents.RESULTS.read_text()), lori_documents.PAGE.read_text()
+    assert page == lori_documents.filled(page, found), "run python -m benchmarks.lori_documents"
+    assert all(path.is_file() and path.name in page for path in lori_documents.PICTURES)
+
+
+def test_a_study_that_was_stopped_has_what_is_known():
+    """With outcomes of seed 0 alone every row is of one seed; without any there is nothing, and the tables say so."""
+    def known(run: MethodRun):
+        return outcome(run) | {"validation_accuracy": run.learning_rate} if run.seed == 0 and run.steps == lori_switches.SHORT else None
+
+    found = lori_switches.study(known)
+    assert found["sees"]["without the embedding"]["each"] == [0.5] and found["sees"]["all layers"]["learning_rate"] == 6e-3
+    assert found["sees_longer"] == {"all layers": None, "without the embedding": None, "the embedding alone": None}
+    assert len(found["others"]) == sum(map(len, lori_switches.SWITCHES.values()))
+    text = lori_documents.switches({"switches": found})
+    assert "| `centred` | false | true | 50.0 | 50.0 | 100 0 |" in text and "| without the embedding | 500 | 50.0 |" in lori_documents.sees({"switches": found})
+    nothing = {"switches": lori_switches.study(lambda run: None)}
+    assert "Not measured" in lori_documents.switches(nothing) and "Not measured" in lori_documents.sees(nothing)
 
 
 # ---- the command ----

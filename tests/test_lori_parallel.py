@@ -11,14 +11,18 @@ from safetensors.torch import load_file, save_file
 from tiny_lori import number_tokenizer, settings_of, table_rows
 from tiny_training import run_two_processes
 
+from red.errors import REDError
+from red.lori import LoRiConfig
+
 PRESETS = ("lori", "codi_joint")  # the latter reads its rows twice a step, once without the projection
 KEYS = ("loss", "grad_norm", "task", "rationale", "anchor", "cot")
 
 
 def train(folder: Path, preset: str, rows: int):
     """Three steps over 8 rows each in 2 micro-batches, `rows` a process and micro-batch."""
-    import red
     from tiny_models import build_tiny_model
+
+    import red
 
     anchor = {"anchor_distance": "mse"} if preset == "lori" else {"anchor_weight": 0.0, "anchor_teacher": "offline"}  # codi's scale is of the micro-batch
     return red.distill(build_tiny_model("qwen2", tied=True), table_rows(24), tokenizer=number_tokenizer(), method="lori", preset=preset, **anchor,
@@ -27,6 +31,10 @@ def train(folder: Path, preset: str, rows: int):
 
 def main(folder: str) -> None:
     """What each worker runs."""
+    from red.lori import trajectories
+
+    passes, plain = [], trajectories.stream
+    trajectories.stream = lambda *args, **kwargs: (passes.append(1), plain(*args, **kwargs))[1]
     for preset in PRESETS:
         result = train(Path(folder), preset, rows=2)
         trainer = result.trainer
@@ -34,6 +42,7 @@ def main(folder: str) -> None:
         save_file(weights(result), Path(folder) / f"{preset}-{trainer.args.process_index}.safetensors")
         if trainer.args.process_index == 0:
             (Path(folder) / f"{preset}.json").write_text(json.dumps(logged(result)))
+    (Path(folder) / f"passes-{trainer.args.process_index}").write_text(str(len(passes)))
 
 
 def weights(result) -> dict:
@@ -60,6 +69,19 @@ def test_two_processes_train_what_one_does(parallel, tmp_path, preset):
         assert (first[name] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
     for mine, theirs in zip(json.loads((parallel / f"{preset}.json").read_text()), logged(alone), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_one_process_reads_the_teacher(parallel):
+    """Twice, for the one preset that needs it; the other process reads what it wrote."""
+    assert [(parallel / f"passes-{rank}").read_text() for rank in range(2)] == ["2", "0"]
+
+
+def test_a_process_that_finds_no_trajectories_says_so(tmp_path, monkeypatch):
+    """As on a second node with a disk of its own: it must not compute them, for the processes of a node would write over each other."""
+    monkeypatch.setattr(LoRiConfig, "process_index", property(lambda self: 1))
+    with pytest.raises(REDError, match="Process 1 does not find the teacher's trajectories in .*trajectories_dir a folder that all processes share"):
+        train(tmp_path, "lori", rows=2)
+    assert not (tmp_path / "lori" / "trajectories").exists()
 
 
 if __name__ == "__main__":

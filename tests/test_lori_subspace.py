@@ -67,6 +67,22 @@ def test_the_energy_decides_the_ranks():
     assert 0.9 <= kept < 1 and subspace.channels.shape[1] < 9
 
 
+@pytest.mark.parametrize("chosen", [(1, 2), (0,)])
+def test_layers_that_are_left_out(chosen):
+    """Factors and coordinates are those of the chosen layers alone, and what the others hold changes nothing."""
+    found = trajectories()
+    subspace, spectrum = fit_subspace(GramStream().extend(found), rank_layers=1, rank_channels=4, chosen=chosen)
+    alone, its = fit_subspace(GramStream().extend(states[list(chosen)] for states in found), rank_layers=1, rank_channels=4)
+    torch.testing.assert_close(spectrum.channels, its.channels, rtol=1e-9, atol=1e-12)
+    g, expected = subspace.coordinates(found[2]), alone.coordinates(found[2][list(chosen)])
+    torch.testing.assert_close(g.abs(), expected.abs(), rtol=1e-5, atol=1e-6)  # a factor's sign is open
+    others = [layer for layer in range(4) if layer not in chosen]
+    changed = found[2].index_fill(0, torch.tensor(others), 7.0)
+    assert torch.equal(subspace.coordinates(changed), g) and not torch.equal(changed, found[2])
+    with pytest.raises(REDError, match=f"rank_layers={len(chosen) + 1}: must lie between 1 and {len(chosen)}, the layers that count"):
+        fit_subspace(GramStream().extend(found), rank_layers=len(chosen) + 1, chosen=chosen)
+
+
 @pytest.mark.parametrize(("settings", "message"), [(dict(energy=0.0), "energy=0.0"), (dict(rank_layers=9), "rank_layers=9: must lie between 1 and 4"),
                                                    (dict(rank_channels=0), "rank_channels=0")])
 def test_wrong_ranks_are_refused(settings, message):

@@ -1,14 +1,20 @@
-"""LoRiTrainer and red.distill(method="lori"): the objective's parts, resuming bit for bit, every preset, and bad input refused."""
+"""LoRiTrainer and red.distill(method="lori"): the objective's parts, every preset, and bad input refused. Its files are in test_lori_files."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_lori import PREFIX, number_tokenizer, settings_of, table_rows
+from tiny_lori import (
+    PREFIX,
+    distil_tiny,
+    logged,
+    number_tokenizer,
+    settings_of,
+    table_rows,
+    weights,
+)
 from transformers import TrainerCallback
 
 import red
@@ -21,42 +27,10 @@ from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import Trajectories, collect, stream
 
 
-class Interrupt(TrainerCallback):
-    """Ends the training like Ctrl-C, in the middle of step `at`."""
-
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.at - 1:
-            raise KeyboardInterrupt
-
-
-class Stop(TrainerCallback):
-    """Ends the training before its first step, with the trainer ready."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
-
-
 @pytest.fixture()
 def train(tiny_teacher, tmp_path):
     """train(folder, rows=None, **settings): red.distill(method="lori") of a tiny teacher."""
-    def run(folder: str = "run", rows=None, *, teacher=None, **settings):
-        names = ("resume", "callbacks", "eval_data", "student")
-        given = {name: settings.pop(name) for name in names if name in settings}
-        return red.distill(teacher or tiny_teacher(), table_rows() if rows is None else rows, tokenizer=number_tokenizer(), method="lori", **given,
-                           **settings_of(tmp_path / folder, **settings))
-
-    return run
-
-
-def weights(result) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in result.model.named_parameters()}
-
-
-def logged(result, *keys) -> list[list[float]]:
-    return [[entry[key] for key in keys] for entry in result.trainer.state.log_history if "loss" in entry]
+    return lambda folder="run", rows=None, *, teacher=None, **settings: distil_tiny(teacher or tiny_teacher(), tmp_path / folder, rows, **settings)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -146,23 +120,6 @@ def test_the_cache_knows_what_it_is_of(tiny_teacher, tmp_path, monkeypatch):
     assert isinstance(first, Trajectories)
 
 
-@pytest.mark.parametrize("preset", ["lori", "codi_joint"])
-def test_resumed_equals_uninterrupted(train, preset):
-    """Interrupted in step 5, after the checkpoint of step 3; resumed by a new trainer: weights, moments and log lines bit for bit."""
-    settings = dict(preset=preset, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, lr_scheduler_type="linear", projection_dropout=0.1,
-                    max_grad_norm=0.5)
-    whole = train("whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train("broken", callbacks=[Interrupt(5)], **settings)
-    torch.manual_seed(99)
-    resumed = train("broken", resume=True, **settings)
-    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
-    first, second = whole.trainer.optimizer.state_dict()["state"], resumed.trainer.optimizer.state_dict()["state"]
-    assert first.keys() == second.keys() and all(torch.equal(first[index][key], second[index][key]) for index in first for key in first[index])
-    keys = ("step", "loss", "task", "rationale", "anchor", "cot", "grad_norm", "learning_rate")
-    assert logged(resumed, *keys) == logged(whole, *keys) and len(logged(whole, "loss")) == 6
-
-
 def test_the_curriculum(train, monkeypatch):
     """Two steps each with 1 and 2 latent steps, which stand for as many steps of the rationale; then all, for the whole rationale."""
     seen, plain = [], LoRiTrainer.compute_loss
@@ -197,28 +154,6 @@ def test_training_lowers_every_part(train):
     assert all(b < 0.8 * a for a, b in zip(first, last, strict=True)), (first, last)
 
 
-def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
-    settings = dict(max_steps=2, save_strategy="steps", save_steps=2)
-    train(**settings)
-    with pytest.raises(REDError, match="not empty"):
-        train(**settings)
-    with pytest.raises(REDError, match="This run is finished"):
-        train(resume=True, **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train("other", callbacks=[Interrupt(2)], max_steps=2, save_strategy="steps", save_steps=1)
-    (tmp_path / "other" / "checkpoint-2").mkdir()  # a kill in the middle of a save: weights, and no trainer's state
-    shutil.copy(tmp_path / "other" / "checkpoint-1" / "lori_state.safetensors", tmp_path / "other" / "checkpoint-2")
-    with pytest.raises(REDError, match="(?s)checkpoint-1.*another model or another preset: projection"):
-        train("other", resume=True, preset="coconut", max_steps=2)
-    with pytest.raises(REDError, match="checkpoint-7"):
-        train("other", resume=tmp_path / "other" / "checkpoint-7", max_steps=2)
-    (tmp_path / "other" / "checkpoint-1" / "trainer_state.json").rename(tmp_path / "trainer_state.json")
-    with pytest.raises(REDError, match="no finished checkpoint-N folder"):
-        train("other", resume=True, max_steps=2)
-    (tmp_path / "trainer_state.json").rename(tmp_path / "other" / "checkpoint-1" / "trainer_state.json")
-    assert train("other", resume=tmp_path / "other" / "checkpoint-1", max_steps=2).trainer.state.global_step == 2
-
-
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(preset="lora"), "preset='lora' is no method.*codi"),
     (dict(latent_steps=0), "latent_steps=0: must be above 0 with target=latent"),
@@ -226,6 +161,10 @@ def test_a_finished_run_and_a_foreign_checkpoint_are_refused(train, tmp_path):
     (dict(anchor_weight=-1.0), "anchor_weight=-1.0"),
     (dict(anchor_layers="7"), "anchor_layers='7'.*from 0 .* to 2"),
     (dict(energy=2.0), "energy=2.0"),
+    (dict(rationale_layers="1,3"), "rationale_layers='1,3'.*from 0 .* to 2"),
+    (dict(rationale_layers="1,2", rank_layers=3), "rank_layers=3: must lie between 1 and 2, the layers that count"),
+    (dict(max_skipped_steps=0), "max_skipped_steps=0: must be at least 1"),
+    (dict(fp16=True), "fp16=True: a gradient scaler"),
     (dict(gradient_checkpointing=True), "gradient_checkpointing=True.*cache"),
     (dict(answer_prefix=" "), "answer_prefix=' ' has no token"),
     (dict(max_length=5), "Row .* has .* tokens, more than max_length=5"),
@@ -279,14 +218,3 @@ def test_adapters_train_and_are_merged(train):
     given = {name: batch[name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")}
     with torch.no_grad():
         torch.testing.assert_close(loaded(**given).logits, result.model.eval()(**given).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_the_best_checkpoint_comes_back(train, tmp_path):
-    """The first checkpoint is made the best one; afterwards the model and its export are those of that step."""
-    result = train(eval_data=table_rows(3, seed=5), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=4, load_best_model_at_end=True,
-                   metric_for_best_model="eval_loss", greater_is_better=True)
-    best = load_file(result.trainer.state.best_model_checkpoint + "/lori_state.safetensors")
-    other = ({"checkpoint-2", "checkpoint-4"} - {result.trainer.state.best_model_checkpoint.rpartition("/")[2]}).pop()
-    assert all(torch.equal(value, best[name]) for name, value in result.model.named_parameters() if name in best)
-    different = load_file(tmp_path / "run" / other / "lori_state.safetensors")
-    assert any(not torch.equal(value, best[name]) for name, value in different.items())

@@ -8,7 +8,7 @@ from tiny_training import RecordingTrainer, make_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
 from red import memory_advice
-from red.checkpoints import in_gib
+from red.files import in_gib
 from red.errors import REDError
 
 TEACHER = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=4, vocab_size=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import torch
 from tiny_models import VOCAB
 
 from red.lori.data import Row
@@ -37,3 +38,20 @@ def settings_of(output_dir, **changes) -> dict:
     """LoRiConfig's fields for a tiny, quiet run on the CPU."""
     return {**dict(output_dir=str(output_dir), answer_prefix=PREFIX, latent_steps=3, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
                    lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True), **changes}
+
+
+def distil_tiny(teacher, folder, rows=None, **settings):
+    """red.distill(method="lori") of a teacher (or its folder) on `rows`; settings are LoRiConfig's and distill's."""
+    import red
+
+    names = ("resume", "callbacks", "eval_data", "student")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    return red.distill(teacher, table_rows() if rows is None else rows, tokenizer=number_tokenizer(), method="lori", **given, **settings_of(folder, **settings))
+
+
+def weights(result) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in result.model.named_parameters()}
+
+
+def logged(result, *keys) -> list[list[float]]:
+    return [[entry[key] for key in keys] for entry in result.trainer.state.log_history if "loss" in entry]

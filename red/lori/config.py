@@ -60,6 +60,7 @@ class LoRiConfig(TrainingArguments):
     anchor_layers: str = field(default="all", metadata={"help": "Layers of the anchor: all, or numbers such as 4,8,12 (0 is the embedding)."})
     anchor_teacher: str | None = field(default=None, metadata={"help": "offline: the fixed teacher; self: the student's own explicit chain of thought, without gradient (CODI)."})
     cot_weight: float | None = field(default=None, metadata={"help": "Weight of the cross entropy of the explicit chain of thought through the student (CODI); 0: none."})
+    rationale_layers: str = field(default="all", metadata={"help": "Layers whose states the rationale's trajectory is made of: all, or numbers such as 1,2 (0 is the embedding)."})
     energy: float = field(default=0.9, metadata={"help": "Share of the trajectories' energy that the subspace keeps in each mode, where no rank is given."})
     rank_layers: int | None = field(default=None, metadata={"help": "r_L, the subspace's rank across layers."})
     rank_channels: int | None = field(default=None, metadata={"help": "r_d, its rank across channels."})
@@ -72,6 +73,7 @@ class LoRiConfig(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row that may be skipped because loss or gradient is not finite; the run then ends, its micro-batches on the disk."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: rows are not columns of the model."})
 
@@ -99,17 +101,18 @@ class LoRiConfig(TrainingArguments):
             return None
         return 1 + int(step / (self.curriculum * max_steps) * (self.latent_steps - 1))
 
-    def layers_of_anchor(self, depth: int) -> list[int]:
-        """Indices of the anchor's layers among `depth` = L + 1 states.
+    def layers_of(self, name: str, depth: int) -> list[int]:
+        """Indices among `depth` = L + 1 states of the layers that the setting `name`, `anchor_layers` or `rationale_layers`, stands for.
 
         Raises:
-            REDError: `anchor_layers` names none, or one that is not there.
+            REDError: it names none, or one that is not there.
         """
-        if self.anchor_layers == "all":
+        given = getattr(self, name)
+        if given == "all":
             return list(range(depth))
-        chosen = [int(part) for part in self.anchor_layers.split(",") if part.strip().isdigit()]
-        if not chosen or max(chosen) >= depth or len(chosen) != len(self.anchor_layers.split(",")):
-            raise REDError(f"anchor_layers={self.anchor_layers!r}: use all, or numbers from 0 (the embedding) to {depth - 1} with commas.")
+        chosen = [int(part) for part in given.split(",") if part.strip().isdigit()]
+        if not chosen or max(chosen) >= depth or len(chosen) != len(given.split(",")):
+            raise REDError(f"{name}={given!r}: use all, or numbers from 0 (the embedding) to {depth - 1} with commas.")
         return chosen
 
     def _check(self) -> None:
@@ -132,6 +135,8 @@ class LoRiConfig(TrainingArguments):
         require(0 <= self.projection_dropout < 1, "projection_dropout", "must lie between 0 and 1")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
         require(self.lora_rank >= 0, "lora_rank", "must not be negative; 0 trains all weights")
+        require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1")
+        require(not self.fp16, "fp16", "a gradient scaler makes gradients infinite by design, and such steps are skipped and counted here; use bf16=True")
         require(not self.fsdp, "fsdp", "latent steps under FSDP are not supported yet; use one GPU, or data parallel (torchrun)")
         require(not self.deepspeed, "deepspeed", "latent steps under DeepSpeed are not supported yet; use one GPU, or data parallel (torchrun)")
         require(not self.gradient_checkpointing, "gradient_checkpointing",

@@ -7,21 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
 
-from red.checkpoint_folders import checkpoints
+from red.checkpoint_folders import last_checkpoint, students_place
 from red.data import pad_id
 from red.errors import REDError
-from red.files import require_empty_output, require_existing
 from red.lori.adapters import with_adapters
+from red.lori.checkpoints import ROWS, require_same_run, settings_of
 from red.lori.config import LoRiConfig
-from red.lori.data import encode_rows, load_rows
+from red.lori.data import encode_rows, load_rows, rows_hash
 from red.lori.model import LatentModel, add_special_tokens, special_ids
 from red.lori.trainer import LoRiTrainer
-from red.lori.trajectories import SubspaceSettings, collect
+from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
 from red.report.recording import Record, leftovers
 from red.settings import build_config
+
+logger = logging.get_logger(__name__)
 
 TRAJECTORIES = "trajectories"  # in output_dir
 
@@ -48,10 +55,12 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         tokenizer: the teacher's; loaded beside it if None.
         eval_data: problems whose task loss is reported.
         config: a LoRiConfig; or give its fields as keyword `settings`, never both. `preset` chooses the method or a baseline.
-        resume: True goes on from the last checkpoint in `output_dir` that was finished; a path from that checkpoint.
+        resume: True goes on from the last checkpoint in `output_dir` that is whole; a path from that checkpoint. Other settings of the objective, other rows and
+            another teacher are refused.
 
     Raises:
-        REDError: bad input, before any training and before anything is written.
+        REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `red.reliability.Reliable.train`.
+        Terminated: SIGTERM during the training; the checkpoint is saved and nothing exported. It is a SystemExit with code 143.
 
     Example:
         red.lori.distill("teacher", "gsm8k_aug.jsonl", output_dir="run", latent_steps=5, num_train_epochs=3)
@@ -66,12 +75,10 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if teacher is None or source is None:
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
-    path = Path(config.output_dir) / "student"
-    if not resume:
-        require_empty_output(config.output_dir, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
-    else:
-        resume = _checkpoint(config.output_dir, resume)
-        require_empty_output(path, what="The exported student", remedy="This run is finished.")
+    path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
+    if resume:  # before the teacher is read
+        resume = resume if resume is not True else last_checkpoint(config.output_dir)
+        require_same_run(resume, settings_of(config))
     columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
     rows = load_rows(source, **columns)
     held_out = None if eval_data is None else load_rows(eval_data, **columns)
@@ -81,11 +88,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
+    if resume:  # before its trajectories are overwritten
+        require_same_run(resume, {ROWS: rows_hash(encoded)})
     trajectories = None
     if config.needs_trajectories:
         trajectories = _collect(teacher, encoded, config, tokenizer)
     set_seed(config.seed)  # the projection and the new tokens are drawn
+    name = teacher.name_or_path
     plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
+    if name and plain.name_or_path not in (name, ""):
+        logger.warning(f"The student starts from {plain.name_or_path}, and its folder is going to have the licence of its teacher, {name}: see that the terms of both are kept.")
     teacher = None  # its states are on the disk; its memory is free, unless the caller holds it
     tokenizer = copy.deepcopy(tokenizer)
     bot, eot = add_special_tokens(plain, tokenizer) if config.target != "none" else (None, None)
@@ -94,24 +106,14 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
                           trajectories=trajectories, pad=pad_id(tokenizer), bot=bot, eot=eot, callbacks=callbacks)
     record.latent(trainer, source)
-    metrics = dict(trainer.train(resume_from_checkpoint=resume or None).metrics)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if held_out is not None:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        trainer.export(path)
+        trainer.export(path, teacher=name)
         record.finish(metrics=metrics, exported=path)
     trainer.accelerator.wait_for_everyone()
     return LoRiResult(model, path, metrics, trainer)
-
-
-def _checkpoint(output_dir: str, resume: bool | str | Path) -> str:
-    """The folder to go on from. The trainer's state is written last: where it is missing the save was interrupted."""
-    if resume is not True:
-        return str(require_existing(resume, "The checkpoint"))
-    finished = [folder for folder in checkpoints(output_dir) if (folder / TRAINER_STATE_NAME).is_file()]
-    if not finished:
-        raise REDError(f"output_dir={output_dir!r} has no finished checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
-    return str(finished[-1])
 
 
 def _teacher(teacher, tokenizer, config: LoRiConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -156,13 +158,24 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
 
 
 def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
-    """The trajectories, computed by the first process and read by all."""
-    settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers)
+    """The trajectories, computed by the first process, while the others wait, and read by all.
+
+    Raises:
+        REDError: another process does not find them: the first one failed, or has a disk of its own.
+    """
+    layers = config.layers_of("rationale_layers", teacher.config.num_hidden_layers + 1)
+    settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers, tuple(layers))
     folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
     bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
     with config.main_process_first(local=False, desc="teacher trajectories"):
-        return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
-                       pad=pad_id(tokenizer), bot=bot, eot=eot)
+        if config.process_index == 0:
+            return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
+                           pad=pad_id(tokenizer), bot=bot, eot=eot)
+        found = kept(folder, cache_key(teacher, encoded, settings, (bot, eot)))
+    if found is None:
+        raise REDError(f"Process {config.process_index} does not find the teacher's trajectories in {str(folder)!r}: the first process could not write them (see what it says), or "
+                       "they are on a disk of its own. Give trajectories_dir a folder that all processes share.")
+    return found
 
 
 def _named_dataset(config: LoRiConfig):

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from red.errors import REDError
 from red.files import atomic_write_json, atomic_write_safetensors, require_existing
+from red.licences import carry, terms_of
 from red.lori.data import BOT, EOT, TARGETS
 from red.lori.model import LatentModel
 
@@ -35,11 +41,13 @@ class Facts:
     version: int = 1
 
 
-def save(folder: str | Path, model: LatentModel, tokenizer: PreTrainedTokenizerBase | None, facts: Facts, *, plain: PreTrainedModel | None = None) -> Path:
+def save(folder: str | Path, model: LatentModel, tokenizer: PreTrainedTokenizerBase | None, facts: Facts, *, plain: PreTrainedModel | None = None,
+         teacher: str | Path | None = None) -> Path:
     """Write the folder; `lori.json` comes last, so that a folder which has it is whole.
 
     Args:
         plain: the model to write instead of `model.model`, such as one with its adapters merged.
+        teacher: its folder or name on the hub: licence and notices are copied from there, and README.md names it (`red.licences`). None: neither.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +57,8 @@ def save(folder: str | Path, model: LatentModel, tokenizer: PreTrainedTokenizerB
         tokenizer.save_pretrained(folder)
     if model.projection is not None:
         atomic_write_safetensors(folder / WEIGHTS, {name: value.detach().contiguous() for name, value in model.projection.state_dict().items()})
+    if teacher:
+        carry(terms_of(teacher), folder, hidden_size=model.config.hidden_size)
     atomic_write_json(folder / FACTS, facts.__dict__)
     return folder
 

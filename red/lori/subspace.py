@@ -10,7 +10,8 @@ our reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Subspace:
 
     layers: Tensor  # U_L [L+1, r_L] float32
     channels: Tensor  # U_d [d, r_d] float32
-    scale: Tensor  # [L+1] float32: the teacher's RMS in each layer, or ones
+    scale: Tensor  # [L+1] float32: the teacher's RMS in each layer, or ones; infinity where a layer is left out
 
     @property
     def size(self) -> int:
@@ -85,8 +86,11 @@ class GramStream:
             self.add(states)
         return self
 
-    def grams(self, normalize_layers: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(Σ H_t H_tᵀ [L+1, L+1], Σ H_tᵀ H_t [d, d], scale [L+1]) of the states divided by their layer's RMS, or as they are; float64."""
+    def grams(self, normalize_layers: bool = True, chosen: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ H_t H_tᵀ [L+1, L+1], Σ H_tᵀ H_t [d, d], scale [L+1]) of the states divided by their layer's RMS, or as they are; float64.
+
+        Layers that are not `chosen` are divided by infinity: their states are 0 here and in all coordinates.
+        """
         if not self.tokens:
             raise REDError("There are no rationale tokens to take a subspace of. Give rows with steps.")
         depth, width, _ = self.blocks.shape
@@ -94,11 +98,13 @@ class GramStream:
         if normalize_layers:
             square = self.inner.diagonal() / (self.tokens * width)
             scale = torch.where(square > 0, square.sqrt(), 1.0)
+        if chosen is not None:
+            scale[[layer for layer in range(depth) if layer not in chosen]] = math.inf
         return self.inner / scale[:, None] / scale, (self.blocks / scale[:, None, None] ** 2).sum(0), scale
 
 
 def fit_subspace(stream: GramStream, *, energy: float = 0.9, rank_layers: int | None = None, rank_channels: int | None = None,
-                 normalize_layers: bool = True) -> tuple[Subspace, Spectrum]:
+                 normalize_layers: bool = True, chosen: Sequence[int] | None = None) -> tuple[Subspace, Spectrum]:
     """HOSVD factors of everything in the stream.
 
     Args:
@@ -106,24 +112,26 @@ def fit_subspace(stream: GramStream, *, energy: float = 0.9, rank_layers: int | 
         rank_layers, rank_channels: r_L and r_d.
         normalize_layers: divide each layer's states by their RMS first. Without it the layers with the largest states, in a language model the last ones and
             those with massive activations, decide the subspace alone.
+        chosen: the layers that count, 0 being the embedding; None: all.
 
     Raises:
         REDError: no tokens, states that are not finite, ranks or an energy that cannot be.
     """
     if not 0 < energy <= 1:
         raise REDError(f"energy={energy!r}: must lie above 0 and not above 1, such as 0.9.")
-    inner, outer, scale = stream.grams(normalize_layers)
+    inner, outer, scale = stream.grams(normalize_layers, chosen)
+    sizes = (len(scale) if chosen is None else len(chosen), len(outer))
     for gram in (inner, outer):
         if not gram.isfinite().all():
             raise REDError("The teacher's states have NaN or infinite values. Load it in float32 or bfloat16.")
     factors, spectra = [], []
-    for name, gram, rank in (("rank_layers", inner, rank_layers), ("rank_channels", outer, rank_channels)):
+    for name, gram, rank, size in zip(("rank_layers", "rank_channels"), (inner, outer), (rank_layers, rank_channels), sizes, strict=True):
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         rank = rank_of(values, energy) if rank is None else rank
-        if not 1 <= rank <= len(values):
-            what = "layers and its embedding" if name == "rank_layers" else "hidden size"
-            raise REDError(f"{name}={rank}: must lie between 1 and {len(values)}, the teacher's {what}.")
+        if not 1 <= rank <= size:
+            what = "the layers that count, the embedding too" if name == "rank_layers" else "the teacher's hidden size"
+            raise REDError(f"{name}={rank}: must lie between 1 and {size}, {what}.")
         spectra.append(values)
         factors.append(vectors[:, :rank].float().contiguous())
     return Subspace(factors[0], factors[1], scale.float()), Spectrum(*spectra)

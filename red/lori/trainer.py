@@ -8,28 +8,28 @@ states just before the answer. The teacher's side was computed before the traini
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 from transformers.utils import logging
 
 from red.errors import REDError
-from red.files import atomic_write_safetensors
+from red.files import require_empty_output, sync
 from red.lori import files, losses
 from red.lori.batch import batch_of
+from red.lori.checkpoints import LoRiCheckpoints
 from red.lori.config import LoRiConfig
-from red.lori.data import Encoded
+from red.lori.data import Encoded, rows_hash
 from red.lori.model import LatentModel
 from red.lori.trajectories import Trajectories
 from red.packing import IGNORE
 
-STATE = "lori_state.safetensors"  # of a checkpoint: every trained tensor
 PARTS = ("task", "rationale", "anchor", "cot")
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ def numbers_only(items: Sequence[int]) -> dict[str, Tensor]:
     return {"number": torch.tensor(items)}
 
 
-class LoRiTrainer(Trainer):
+class LoRiTrainer(LoRiCheckpoints, Trainer):
     """Train a LatentModel.
 
     Args:
@@ -70,6 +70,8 @@ class LoRiTrainer(Trainer):
         pad, bot, eot: token ids.
 
     The other arguments are those of transformers' Trainer.
+
+    `train` resumes, stops at SIGTERM and skips steps that are not finite as `red.reliability.Reliable.train` says.
 
     Raises:
         REDError: trajectories that are missing or not of these rows.
@@ -84,7 +86,7 @@ class LoRiTrainer(Trainer):
             raise REDError(f"preset={args.preset!r} aligns with the teacher's trajectories, and none were given. Pass trajectories=red.lori.collect(...).")
         if trajectories is not None and len(trajectories) != len(train_dataset):
             raise REDError(f"There are trajectories of {len(trajectories)} examples and {len(train_dataset)} training rows. Collect them from these rows.")
-        self.trajectories = trajectories if args.needs_trajectories else None
+        self.trajectories, self.rows_hash = trajectories if args.needs_trajectories else None, rows_hash(train_dataset)
         tokens = dict(pad=pad, bot=bot, eot=eot)
         self._batches = Batches(train_dataset, args, tokens, self.trajectories)
         self._eval_batches = Batches(eval_dataset or (), args, tokens)  # without trajectories: its loss is the task's
@@ -92,12 +94,12 @@ class LoRiTrainer(Trainer):
                          eval_dataset=None if eval_dataset is None else range(len(eval_dataset)), processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # the losses below divide by global counts
         self.latent_model = model
-        self.anchor_layers = args.layers_of_anchor(model.config.num_hidden_layers + 1)
+        self.anchor_layers = args.layers_of("anchor_layers", model.config.num_hidden_layers + 1)
         if self.trajectories is not None:
             self.subspace, self.anchor_std = trajectories.subspace.to(args.device), trajectories.anchor_std.to(args.device)[self.anchor_layers]
-        self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0  # sums since the last log, and the steps they are of
         self._counts: Tensor | None = None
         self._stage: int | None = None  # of the curriculum, in the running step
+        self._watch_over(PARTS)
 
     # ---- the objective ----
 
@@ -127,9 +129,9 @@ class LoRiTrainer(Trainer):
             else:
                 teacher, std = inputs["teacher_anchor"][:, self.anchor_layers], self.anchor_std
             anchor = share * losses.anchor_loss(student, teacher, std, distance=args.anchor_distance)
-        if training:
-            self._parts = self._parts.to(task.device) + torch.stack([task.detach(), rationale.detach(), anchor.detach(), cot.detach()]).float()
         loss = task + args.rationale_weight * rationale + args.anchor_weight * anchor + args.cot_weight * cot
+        if training:
+            self.guard.record(inputs, torch.stack([part.detach() for part in (task, rationale, anchor, cot, loss)]).float())
         return (loss, None) if return_outputs else loss
 
     def _anchors(self, states: tuple[Tensor, ...], place: Tensor) -> Tensor:
@@ -144,7 +146,6 @@ class LoRiTrainer(Trainer):
         counts = _counts(batch_samples).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum") / self.args.world_size
-        self._parts_steps += 1
         self._counts = counts.clamp(min=1)
         return self._counts[0]
 
@@ -160,14 +161,6 @@ class LoRiTrainer(Trainer):
         finally:
             self.data_collator = training
 
-    def log(self, logs, start_time=None):
-        """Adds the parts of the loss: means over the steps since the last log."""
-        if "loss" in logs and self._parts_steps:
-            parts = self.accelerator.reduce(self._parts, "mean") if self.args.world_size > 1 else self._parts
-            logs |= dict(zip(PARTS, (parts / self._parts_steps).tolist(), strict=True))
-            self._parts, self._parts_steps = torch.zeros(len(PARTS)), 0
-        super().log(logs, start_time)
-
     # ---- files ----
 
     @property
@@ -176,40 +169,24 @@ class LoRiTrainer(Trainer):
         args = self.args
         return files.Facts(args.target, args.latent_steps, self.latent_model.projection is not None, args.answer_prefix, args.preset)
 
-    def _save(self, output_dir=None, state_dict=None):
-        """Everything trained, bit for bit; the folder that other tools read comes from `export`."""
-        if self.args.should_save:
-            trained = {name: value.detach().cpu().clone() for name, value in self.latent_model.named_parameters() if value.requires_grad}
-            atomic_write_safetensors(Path(output_dir or self.args.output_dir) / STATE, trained)
+    def export(self, output_dir: str | Path, *, teacher: str | Path | None = None) -> Path:
+        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged, with the licence of `teacher` (a folder or a name on the hub).
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        path = Path(resume_from_checkpoint) / STATE
-        if not path.is_file():
-            raise REDError(f"{resume_from_checkpoint} has no {STATE}: it is not a checkpoint of a LoRiTrainer. "
-                           "Resume from a checkpoint-N folder that red lori wrote.")
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise REDError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
-        trained = {name: value for name, value in self.latent_model.named_parameters() if value.requires_grad}
-        if different := sorted(name for name in trained.keys() | state.keys()
-                               if name not in trained or name not in state or trained[name].shape != state[name].shape):
-            more = f", and {len(different) - 1} more" if different[1:] else ""
-            raise REDError(f"{path} is of another model or another preset: {different[0]} differs{more}. "
-                           "Resume with the settings of the first run.")
-        with torch.no_grad():
-            for name, value in trained.items():
-                value.copy_(state[name])
-
-    def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def export(self, output_dir: str | Path) -> Path:
-        """Write the model as a Hugging Face folder that `red.lori.load` reloads, adapters merged."""
+        Raises:
+            REDError: `output_dir` is not missing or empty. It appears only when everything is written.
+        """
         from red.lori.adapters import merged
 
-        with merged(self.latent_model.model) as plain:
-            return files.save(output_dir, self.latent_model, self.processing_class, self.facts, plain=plain)
+        output_dir = require_empty_output(output_dir)
+        aside = output_dir.absolute().parent / f".{output_dir.absolute().name}.{secrets.token_hex(4)}.tmp"
+        try:
+            with merged(self.latent_model.model) as plain:
+                files.save(aside, self.latent_model, self.processing_class, self.facts, plain=plain, teacher=teacher)
+            aside.replace(output_dir)  # onto nothing or an empty folder: one rename
+            sync(output_dir.absolute().parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return output_dir
 
 
 def _part(inputs: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

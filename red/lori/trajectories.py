@@ -52,6 +52,7 @@ class SubspaceSettings:
     rank_layers: int | None = None
     rank_channels: int | None = None
     normalize_layers: bool = True
+    chosen: tuple[int, ...] | None = None
 
 
 def stream(teacher: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 32, pad: int = 0, bot: int | None = None,
@@ -87,6 +88,21 @@ def cache_key(teacher: PreTrainedModel, rows: Sequence[Encoded], settings: Subsp
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def kept(folder: Path, key: str) -> Trajectories | None:
+    """The cache in the folder, if it is whole and of this key (`cache_key`)."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        found = Trajectories(folder)
+    except Exception as error:  # noqa: BLE001 - torn by hand or by a full disk: made again
+        logger.warning(f"The trajectories in {folder} cannot be read ({error}); they are computed again.")
+        return None
+    if found.key != key:
+        logger.warning(f"The trajectories in {folder} are of another teacher, other data or other settings; they are computed again.")
+        return None
+    return found
+
+
 def collect(teacher: PreTrainedModel, rows: Sequence[Encoded], folder: str | Path, settings: SubspaceSettings = SubspaceSettings(), *,
             batch_size: int = 32, pad: int = 0, bot: int | None = None, eot: int | None = None) -> Trajectories:
     """The trajectories of `rows`, from `folder` if it holds exactly these, else computed and written there.
@@ -101,7 +117,7 @@ def collect(teacher: PreTrainedModel, rows: Sequence[Encoded], folder: str | Pat
     folder = Path(folder)
     key = cache_key(teacher, rows, settings, (bot, eot))
     reading = dict(batch_size=batch_size, pad=pad, bot=bot, eot=eot)
-    if (found := _kept(folder, key)) is not None:
+    if (found := kept(folder, key)) is not None:
         return found
     (folder / INDEX).unlink(missing_ok=True)  # what follows overwrites the shards it names
     grams = GramStream().extend(one.states for one in stream(teacher, rows, **reading))
@@ -196,18 +212,3 @@ class _Spread:
     def std(self) -> Tensor:
         variance = self.square / self.count - (self.total / self.count) ** 2
         return variance.clamp(min=1e-12).sqrt()
-
-
-def _kept(folder: Path, key: str) -> Trajectories | None:
-    """The cache in the folder, if it is whole and of this key."""
-    if not (folder / INDEX).is_file():
-        return None
-    try:
-        found = Trajectories(folder)
-    except Exception as error:  # noqa: BLE001 - torn by hand or by a full disk: made again
-        logger.warning(f"The trajectories in {folder} cannot be read ({error}); they are computed again.")
-        return None
-    if found.key != key:
-        logger.warning(f"The trajectories in {folder} are of another teacher, other data or other settings; they are computed again.")
-        return None
-    return found

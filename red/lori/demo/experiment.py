@@ -7,7 +7,7 @@ import io
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class MethodRun:
     batch: int = 64
     train_problems: int = 12800
     problems: int = 500
+    switches: dict = field(default_factory=dict)  # other settings of LoRiConfig
 
 
 def teacher_path() -> str:
@@ -69,7 +70,7 @@ def run_method(run: MethodRun, *, teacher: str | None = None, trajectories: str 
                 with contextlib.redirect_stdout(io.StringIO()):  # without a progress bar transformers prints every log line
                     result = distill(teacher, problems("train", run.train_problems, run.seed), tokenizer=tokenizer, preset=run.method,
                                      output_dir=f"{place}/run",
-                                     trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}", answer_prefix=ANSWER_PREFIX, seed=run.seed,
+                                     trajectories_dir=None if trajectories is None else f"{trajectories}/{run.seed}", answer_prefix=ANSWER_PREFIX, seed=run.seed, **run.switches,
                                      per_device_train_batch_size=run.batch, per_device_eval_batch_size=run.batch, max_steps=run.steps, learning_rate=run.learning_rate,
                                      weight_decay=0.01, warmup_steps=30, lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to="none",
                                      disable_tqdm=True, use_cpu=True, teacher_dtype="float32")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from red.files import atomic_write_text
@@ -35,10 +36,10 @@ def spectra(states: Sequence[Tensor], *, seed: int = 0) -> dict:
     return found
 
 
-def plot(found: dict, path: str | Path) -> None:
-    """Cumulative energy over the number of directions, one panel a mode, as SVG."""
+def plot(found: dict, path: str | Path, *, dark: bool = False) -> None:
+    """Cumulative energy over the number of directions, one panel a mode, as SVG in the light or `dark` palette."""
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.0), width_ratios=(3, 1))
+        figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.0), width_ratios=(2, 1))
         for axes, mode in zip(panels, ("channels", "layers"), strict=True):
             for name, role, style in (("trajectories", "start0", "-"), ("shuffled", "teacher", (0, (5, 3)))):
                 share = torch.tensor(found[name][mode]["energy"]).cumsum(0) * 100
@@ -46,8 +47,9 @@ def plot(found: dict, path: str | Path) -> None:
                           label=f"{name}: {found[name][mode]['rank_90']} for 90 %")
             axes.axhline(100 * ENERGY, color=ROLES["muted"], linewidth=0.8)
             axes.set_ylim(0, 104)
-            axes.set_title(f"energy in the first {mode} directions, %")
-            axes.legend(frameon=False, fontsize=8, labelcolor=ROLES["muted"], loc="lower right")
+            axes.set_title(f"energy in {mode[:-1]} directions, %")
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.legend(frameon=False, fontsize=8, labelcolor=ROLES["muted"], loc="lower right", handlelength=3)
         described = "Cumulative energy of the teacher's trajectories and of the shuffled control, over channel and layer directions"
-        atomic_write_text(path, svg(figure, described, page=False))
+        atomic_write_text(path, svg(figure, described, page=False, dark=dark))
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from red.report.provenance import commit, device, versions, write_json
 from red.lori.demo.problems import ANSWER_PREFIX, build_tokenizer, problems
 from red.lori.distillation import distill
 from red.lori.evaluate import accuracy
 from red.lori.files import load
+from red.report.provenance import commit, device, versions, write_json
 
 BATCH = 64
 
