@@ -11,16 +11,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from red import starts
-from red.calibration import Calibration, model_hash
+from red.calibration import Calibration, calibrate_batches, model_hash
 from red.config import REDConfig
 from red.errors import REDError
 from red.export import check_width
 from red.families import teacher_config
 from red.files import require_existing
-from red.fitting import fit_maps, forecast
+from red.fitting import fit_student, forecast
 from red.fitting.forecast import measured_rate
 from red.fitting.resume import START_FILE, StartFolder, read_start
 from red.fitting.shared_map import ITERATIONS
+from red.fitting.sweeps import DocumentWeights
 from red.map_files import check_maps
 
 METHOD = 1  # raised when the same settings come to mean other maps, so that files of before are not used
@@ -72,18 +73,25 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit,
                         teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
         tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
-    with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
-        context = _context(teacher, config, calibration, batches)
-        context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
-        found = start(context)
-    with tqdm(desc="fitting the start", disable=quiet, leave=False) as bar:
-        def show(done: int, total: int, report: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(report, refresh=False)
-            bar.update(done - bar.n)
+    moments, weights = [name for name in ("covariance", "point_covariance") if name in start.needs], DocumentWeights()
+    for sweep in range(config.fit_sweeps):
+        if sweep:  # what the start is made of, with the weights
+            weighted = [{**batch, "token_weight": weight} for batch, weight in zip(batches, weights.update(done), strict=True)]
+            if moments:
+                calibration = calibrate_batches(teacher, weighted, tap=config.calibration_tap, **dict.fromkeys(moments, True))
+        with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
+            context = _context(teacher, config, calibration, batches)
+            context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
+            found = start(context)
+        with tqdm(desc=f"fitting the start{f', sweep {sweep + 1}' if sweep else ''}", disable=quiet, leave=False) as bar:
+            def show(at: int, total: int, report: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(report, refresh=False)
+                bar.update(at - bar.n)
 
-        maps = fit_maps(teacher, found.maps, batches, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
-                        writer_ridge=config.fit_writer_ridge, kept=kept, on_progress=show)
+            done = fit_student(teacher, found.maps, weighted if sweep else batches, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
+                               writer_ridge=config.fit_writer_ridge, kept=kept.of_sweep(sweep), on_progress=show)
+    maps = done.maps
     channels = found.channels if fit == "readers" else None
     kept.keep_whole(maps if channels is None else {**maps, "channels": channels}, model_hash(teacher))
     return starts.StartMaps(maps, channels)
@@ -112,7 +120,7 @@ def _context(teacher, config: REDConfig, calibration, batches) -> starts.StartCo
 
 def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: list[dict[str, Tensor]]) -> str:
     """Everything that decides a fitted start, as one hash."""
-    names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "calibration_tap")
+    names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "fit_sweeps", "calibration_tap")
     digest = hashlib.sha256(f"{METHOD} {model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
     texts = [batch[name] for batch in batches for name in ("input_ids", "position_ids", "token_mask") if name in batch]  # with where documents begin
     for tensor in [*texts, *([] if calibration is None else [calibration.scores])]:

@@ -18,7 +18,7 @@ from red.calibration import calibrate_batches
 from red.cli import main
 from red.config import REDConfig
 from red.errors import REDError
-from red.fitting.fit import _Fit, fit_maps
+from red.fitting.fit import Fit, fit_maps
 from red.fitting.resume import HALF_LAYERS, START_FILE, StartFolder
 from red.fitting.shared_map import most_explained
 from red.prepare import calibration_batches, pack_rows
@@ -35,9 +35,9 @@ def _quick(monkeypatch):
 @pytest.fixture()
 def fitted_points(monkeypatch):
     """The read points whose readers were really fitted, in order; the head is the last."""
-    points, plain, head = [], _Fit.readers, _Fit.head
-    monkeypatch.setattr(_Fit, "readers", lambda self, half: points.append(half.point) or plain(self, half))
-    monkeypatch.setattr(_Fit, "head", lambda self: points.append("head") or head(self))
+    points, plain, head = [], Fit.readers, Fit.head
+    monkeypatch.setattr(Fit, "readers", lambda self, half: points.append(half.point) or plain(self, half))
+    monkeypatch.setattr(Fit, "head", lambda self: points.append("head") or head(self))
     return points
 
 
@@ -64,7 +64,7 @@ def test_an_interrupted_fit_goes_on(tiny_teacher, family, tmp_path, fitted_point
     with pytest.raises(KeyboardInterrupt):
         fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"), on_progress=interrupt_after(done))
     fitted_points.clear()
-    assert sorted(path.name for path in (tmp_path / HALF_LAYERS).iterdir()) == [f"{point:03d}.safetensors" for point in range(done)]
+    assert sorted(path.name for path in (tmp_path / HALF_LAYERS).iterdir()) == [f"0_{point:03d}.safetensors" for point in range(done)]
     reports = []
     found = fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"), on_progress=lambda *facts: reports.append(facts))
     assert equal(found, whole) and fitted_points == [*range(done, 4), "head"]
@@ -269,7 +269,7 @@ def test_command_line(tiny_teacher, tmp_path, monkeypatch, capsys):
                                        f"use_cpu: true\ndisable_tqdm: false\ncalibration_samples: 4\noutput_dir: {tmp_path}/small\n")
     given = ["compress", "--config", str(tmp_path / "run.yaml")]
     with monkeypatch.context() as patch:
-        patch.setattr(_Fit, "head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Fit, "head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main(given) == 130
     assert f"Kept: what was fitted so far, in {tmp_path}/small. The same command goes on" in capsys.readouterr().err
     assert main(given) == 0

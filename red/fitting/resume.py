@@ -30,6 +30,12 @@ class StartFolder:
     def __init__(self, folder: str | Path | None, key: str, writes: bool = True):
         self.folder, self.key, self.writes = None if folder is None else Path(folder), key, writes
         self.mark: Tensor | None = None
+        self.sweep = 0
+
+    def of_sweep(self, sweep: int) -> StartFolder:
+        """The same folder for a sweep's half layers, beside those of the sweeps before."""
+        self.sweep = sweep
+        return self
 
     def begin(self, down: Tensor) -> None:
         """The map `Q [d, d']` that half layers are fitted to. Another machine or number of threads may find another basis from the same key, in
@@ -60,7 +66,7 @@ class StartFolder:
                            "command goes on from there.") from error
 
     def _half_layer(self, point: int) -> Path:
-        return (self.folder or Path()) / HALF_LAYERS / f"{point:03d}.safetensors"
+        return (self.folder or Path()) / HALF_LAYERS / f"{self.sweep}_{point:03d}.safetensors"
 
     def half_layer(self, point: int) -> dict[str, Tensor] | None:
         """The maps of that half layer, or None where it was not finished."""

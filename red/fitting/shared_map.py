@@ -101,14 +101,14 @@ def most_explained(down: Tensor, covariances: Tensor, gramians: Tensor, *, fixed
         with torch.enable_grad():
             orthonormal = _beside(fixed, free)
             shares = explained_shares(orthonormal, covariances, heard, totals)
-            loss = (1 - shares).square().mean()
+            loss = SCALE * (1 - shares).square().mean()
         if loss.item() < least:
             best, least = orthonormal.detach(), loss.item()
         if iteration == iterations:
             break
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / iterations)
         optimizer.zero_grad()
-        (SCALE * loss).backward()
+        loss.backward()
         optimizer.step()
         if on_step is not None:
             on_step(shares.mean().item())
