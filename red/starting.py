@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from red import starts
 from red.calibration import Calibration, calibrate_batches, model_hash
@@ -24,7 +25,10 @@ from red.fitting.shared_map import ITERATIONS
 from red.fitting.sweeps import DocumentWeights
 from red.map_files import check_maps
 
+FEW = 20  # tokens of each channel: docs/starts.md, the table of calibration rows
 METHOD = 1  # raised when the same settings come to mean other maps, so that files of before are not used
+
+logger = logging.get_logger(__name__)
 
 
 def from_file(config: REDConfig) -> bool:
@@ -67,10 +71,14 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
     found = kept.whole()
     if found is not None:
         return starts.StartMaps(found, found.pop("channels", None))
+    counted = sum(int(batch["token_mask"].sum()) if "token_mask" in batch else batch["input_ids"].numel() for batch in batches)
+    if first and counted < FEW * teacher.config.hidden_size:
+        logger.warning(f"start={config.start} is fitted to {counted:,} tokens, {counted / teacher.config.hidden_size:.1f} for each of the teacher's {teacher.config.hidden_size} channels; "
+                       f"with less than {FEW} it fits the text and not the teacher (docs/starts.md). Raise calibration_samples ({config.calibration_samples}), or give more text.")
     quiet = config.disable_tqdm or not first
     if not quiet:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit,
+        cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit, sweeps=config.fit_sweeps,
                         teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
         tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
     moments, weights = [name for name in ("covariance", "point_covariance") if name in start.needs], DocumentWeights()
@@ -108,7 +116,7 @@ def forecast_of(config: REDConfig) -> str:
     teacher = teacher_config(config.teacher_model_name_or_path)
     check_width(teacher, config.hidden_size)
     tokens, fit = config.calibration_samples * config.max_length, fit_of(config)
-    cost = forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit,
+    cost = forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit, sweeps=config.fit_sweeps,
                     teacher_bytes=4 if config.device.type == "cpu" else 2, rate=measured_rate(config.device))
     return (f"{config.teacher_model_name_or_path}: hidden_size {teacher.hidden_size} -> {config.hidden_size}, {teacher.num_hidden_layers} layers, "
             f"start={config.start}, start_fit={fit}, {tokens:,} tokens of calibration\n{cost}")

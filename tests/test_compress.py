@@ -91,7 +91,7 @@ def test_a_half_layer_that_cannot_be_used_is_fitted_again(tiny_teacher, tmp_path
     teacher = tiny_teacher()
     start = start_of(teacher, "pca").maps
     whole = fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"))
-    path = tmp_path / HALF_LAYERS / "002.safetensors"
+    path = tmp_path / HALF_LAYERS / "0_002.safetensors"
     content = path.read_bytes()
     path.write_bytes({"cut short": content[:-100], "empty": b"", "no safetensors": b"x" * 500, "of another key": content}[damage])
     if damage == "of another key":
@@ -288,7 +288,7 @@ def test_dry_run_reads_no_weight(tiny_teacher, tmp_path, capsys):
     given = ["compress", "--dry-run", "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "small"), "--use_cpu"]
     assert main([*given, "--hidden_size", "16", "--calibration_samples", "8", "--max_length", "100"]) == 0
     shown = capsys.readouterr().out
-    assert "hidden_size 32 -> 16, 2 layers, start=fitted, start_fit=full, 800 tokens of calibration" in shown and "TFLOP, about" in shown
+    assert "hidden_size 32 -> 16, 2 layers, start=fitted, start_fit=full, 800 tokens of calibration" in shown and "TFLOP, at least" in shown
     assert main([*given, "--hidden_size", "16", "--start", "activation"]) == 0
     assert "start=activation, start_fit=none" in capsys.readouterr().out
     for extra, message in ((["--hidden_size", "18"], "not a multiple"), (["--hidden_size", "16", "--start", "x"], "start='x' is unknown")):

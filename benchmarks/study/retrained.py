@@ -43,22 +43,22 @@ def _optimiser(name: str, rates: tuple[float, ...]) -> Recipe:
     return Recipe("fitted", 4, functools.partial(recipes.optimiser, name=name), rates)
 
 
-RECIPES = {
+RECIPES = {  # in the order in which they are run
     "taps fade, linear": _fading("fitted", "linear"),
     "Muon": _optimiser("muon", ADAM),
     "fitted in three sweeps": Recipe("fitted", 4, options={"fit_sweeps": 3}),
+    "low rank 32": Recipe("activation", 2, functools.partial(recipes.low_rank, rank=32)),
+    "low rank 8": Recipe("activation", 2, functools.partial(recipes.low_rank, rank=8)),
+    "Adam, β2 .95": Recipe("fitted", 4, options={"adam_beta2": 0.95}),
     "whitened projections": Recipe("fitted", 4, recipes.whitened, ADAM),
-    "low rank 32, half": Recipe("activation", 2, functools.partial(recipes.low_rank, rank=32), (2e-3, 4e-3)),
     "own weights": Recipe("fitted", 4, recipes.own_weights, ADAM),
     "SGD, momentum .9": _optimiser("sgd", (0.01, 0.03, 0.1)),
-    "low rank 8, half": Recipe("activation", 2, functools.partial(recipes.low_rank, rank=8), (2e-3, 4e-3)),
     "taps fade, cosine": _fading("fitted", "cosine"),
-    "Adam, β2 .95": Recipe("fitted", 4, options={"adam_beta2": 0.95}),
     "Adam, β2 .99": Recipe("fitted", 4, options={"adam_beta2": 0.99}),
     "Shampoo": _optimiser("shampoo", ADAM),
-    "pca, taps fade, linear": _fading("pca", "linear"),
-    "RED, taps fade, linear": _fading("activation", "linear"),
-    "low rank 8, quarter": Recipe("activation", 4, functools.partial(recipes.low_rank, rank=8), (2e-3, 4e-3, 8e-3)),
+    "taps fade, linear (pca)": _fading("pca", "linear"),
+    "taps fade, linear (RED)": _fading("activation", "linear"),
+    "low rank 8 (RED)": Recipe("activation", 4, functools.partial(recipes.low_rank, rank=8), (2e-3, 4e-3, 8e-3)),
 }
 
 

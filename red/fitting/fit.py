@@ -149,7 +149,7 @@ class Fit:
     def readers(self, half: HalfLayer) -> tuple[dict[str, Tensor], str]:
         """Maps of the half layer's readers and its norm, and what was explained."""
         estimate, _, share = self.estimate(half.norm)
-        found = {f"{path}.weight": (estimate.T / self.scale).contiguous() for path in half.readers}  # as a file wants it: no second copy of all maps
+        found = dict.fromkeys((f"{path}.weight" for path in half.readers), (estimate.T / self.scale).contiguous())  # one map, in memory and in files
         found[f"{half.norm}.weight"] = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
         self.take(found)  # the writer's fit runs the block with these readers
         return found, f"explained {share:.4f}"
@@ -198,4 +198,9 @@ class Fit:
 def turned(maps: dict[str, Tensor], rotation: Tensor) -> dict[str, Tensor]:
     """The maps of the same student with its stream turned, `x_S R`; gains must be constant over channels, and are left as they are."""
     writers = tuple(f"{path}.weight" for path in families.WRITERS.values())
-    return {name: value if value.dim() == 1 else rotation.T @ value if name.endswith(writers) else value @ rotation for name, value in maps.items()}
+    done: dict[tuple, Tensor] = {}  # what is one map stays one
+    for name, value in maps.items():
+        place = id(value), name.endswith(writers)
+        if place not in done:
+            done[place] = value if value.dim() == 1 else rotation.T @ value if place[1] else value @ rotation
+    return {name: done[id(value), name.endswith(writers)] for name, value in maps.items()}
