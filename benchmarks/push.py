@@ -5,8 +5,7 @@
     python benchmarks/push.py --no-run                               put together what is there
 
 Each finished run is a line of results/push_runs.jsonl at once and is not run again. What is put together is all that is there: results/push.json, and the
-tables of docs/starts.md between their markers. Choices (the number of sweeps, a recipe's rate) are made on the validation split, figures are of the
-test split. The usual start's and recipe's rows are the study's own runs (benchmarks/untrained.py, benchmarks/starts.py), of the same seeds and text.
+tables of docs/starts.md between their markers. A recipe's rate is chosen on the validation split, figures are of the test split. The usual start's and recipe's rows are the study's own runs (benchmarks/untrained.py, benchmarks/starts.py), of the same seeds and text.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from benchmarks.study.retrained import RECIPES, Retrained
 from benchmarks.study.teachers import Teacher
 
 PARTS = ("sweeps", "untrained", "trained")
-PLACES = (("chains", 32), ("rich", 40), ("massive", 64), ("rich", 80), ("chains", 48), ("massive", 48), ("rich", 60))  # the teachers and widths that are swept
-FIRST = 3  # of them choose the number of sweeps
+PLACES = (("chains", 32), ("massive", 64), ("rich", 40), ("rich", 80), ("rich", 60), ("massive", 48), ("chains", 48))  # the teachers and widths that are swept
+FIRST = 3  # of them, before the variations of the first
 RESULTS = ROOT / "benchmarks/results"
 SMOKE = {"problems": 2, "easy_texts": 4, "erank_tokens": 200, "calibration_samples": 16}
 
@@ -63,17 +62,17 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _work(args: argparse.Namespace, refitted: Refitted, retrained: Retrained, places: list[tuple[Teacher, int]]) -> Iterator[tuple[str, dict]]:
     """What is to run, in its order; a recipe's tests are known when its rates are swept."""
-    if "sweeps" in args.part:
-        for split in ("validation", "test"):
-            for teacher, width in places[:FIRST]:
-                yield f"sweeps, {teacher.name} {width}, {split}", refitted.sweep_tasks(teacher, width, split)
+    def sweeps(some: list[tuple[Teacher, int]]) -> Iterator[tuple[str, dict]]:
+        for count in reversed(SWEEPS):
+            for teacher, width in some if "sweeps" in args.part else ():
+                yield f"{count} sweeps, {teacher.name} {width}", refitted.sweep_tasks(teacher, width, count)
+
+    yield from sweeps(places[:FIRST])
     if "untrained" in args.part:
         for name in args.names or VARIATIONS:
             if name in VARIATIONS:
                 yield name, refitted.tasks(name, *places[0])
-    if "sweeps" in args.part:
-        for teacher, width in places[FIRST:]:
-            yield f"sweeps, {teacher.name} {width}, test", refitted.sweep_tasks(teacher, width, "test")
+    yield from sweeps(places[FIRST:])
     if "trained" in args.part:
         for name in args.names or RECIPES:
             if name in RECIPES:
@@ -82,14 +81,12 @@ def _work(args: argparse.Namespace, refitted: Refitted, retrained: Retrained, pl
 
 
 def put_together(refitted: Refitted, retrained: Retrained, places: list[tuple[Teacher, int]]) -> dict:
-    """`{"sweeps": {place: {count: …}}, "chosen_sweeps", "untrained": {name: …}, "trained": {name: …}, "usual": {…}}` of what is there."""
-    sweeps = {f"{teacher.name} {width}": {str(count): refitted.entry(cells, teacher) for count, cells in refitted.sweeps(teacher, width, "test").items()}
-              for teacher, width in places}
+    """`{"sweeps": {place: {count: …}}, "untrained": {name: …}, "trained": {name: …}, "usual": {start and part: …}}` of what is there."""
+    sweeps = {f"{teacher.name} {width}": {str(count): refitted.entry(teacher, width, sweeps=count) for count in SWEEPS} for teacher, width in places}
     usual = {f"{start} {part}": retrained.summary(*retrained.usual(start, part), part) for start, part in
              dict.fromkeys((recipe.start, recipe.part) for recipe in RECIPES.values())}
-    return {"sweeps": sweeps, "chosen_sweeps": refitted.chosen(places[:FIRST]),
-            "untrained": {"usual": sweeps[f"{places[0][0].name} {places[0][1]}"]["1"], **{name: refitted.variation(name, *places[0]) for name in VARIATIONS}},
-            "trained": {name: {"start": recipe.start, "part": recipe.part, **(retrained.summary(retrained.chosen(name), retrained.tests(name), recipe.part) or {}),
+    return {"sweeps": sweeps, "untrained": {"usual": refitted.entry(*places[0]), **{name: refitted.entry(*places[0], name) for name in VARIATIONS}},
+            "trained": {name: {"kind": recipe.start, "part": recipe.part, **(retrained.summary(retrained.chosen(name), retrained.tests(name), recipe.part) or {}),
                                "grid": list(recipe.rates)} for name, recipe in RECIPES.items()}, "usual": usual}
 
 

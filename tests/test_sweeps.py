@@ -77,6 +77,17 @@ def test_a_weight_counts_a_token_so_often(tiny_teacher):
     assert torch.equal(found.mean_square, plain.mean_square) and torch.equal(found.scores, plain.scores)  # only the second moments
 
 
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True)])
+def test_a_weight_of_two_is_the_text_twice(tiny_teacher, family, tied):
+    """Readers, writers and head of a whole fit."""
+    teacher, batches = tiny_teacher(family, tied=tied), text(2)
+    start = start_of(teacher, "pca").maps
+    double = [{**batch, "token_weight": torch.full(batch["input_ids"].shape, weight)} for batch, weight in zip(batches, (1.0, 2.0), strict=True)]
+    found, plain, twice = fit_maps(teacher, start, double), fit_maps(teacher, start, batches), student_of(teacher, fit_maps(teacher, start, [*batches, batches[1]]))
+    torch.testing.assert_close(logits(student_of(teacher, found)), logits(twice), rtol=0, atol=1e-3)
+    assert (logits(student_of(teacher, plain)) - logits(twice)).abs().max() > 0.1
+
+
 def test_weights_of_one_change_nothing(tiny_teacher):
     teacher, batches = tiny_teacher(), text(2)
     start = start_of(teacher, "pca").maps

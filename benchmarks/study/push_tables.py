@@ -33,7 +33,7 @@ def trained(found: dict) -> str:
     head = ["recipe", "rate", "trained numbers", "exact match along the run", "at its end", "tokens to 90 %, each seed", "KL: reasoning"]
     rows = []
     for place, usual in found["usual"].items():
-        mine = {name: entry for name, entry in found["trained"].items() if f"{entry['start']} {entry['part']}" == place and entry.get("seeds")}
+        mine = {name: entry for name, entry in found["trained"].items() if f"{entry['kind']} {entry['part']}" == place and entry.get("seeds")}
         if mine and usual:
             start, part = place.split()
             rows += [_recipe(f"**`{start}`, {'half' if part == '2' else 'a quarter'}: as in the study**", usual, ()),

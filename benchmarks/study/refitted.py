@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from red.demo.experiment import calibration_rows, run_config
@@ -20,19 +19,18 @@ from benchmarks.study.lines import Lines
 from benchmarks.study.teachers import Teacher
 from benchmarks.study.variations import usual
 
-SEEDS = (0, 1, 2)  # of the calibration text: test split
-CHOICE_SEEDS = (100, 101)  # … validation split
+SEEDS = (0, 1, 2)  # of the calibration text
 SWEEPS = (1, 2, 3)
 VARIATIONS: dict[str, Callable] = {
+    "targets of later points": variations.later_targets,
+    "writers of their own": variations.free_writers,
+    "biases on q, k, v": functools.partial(variations.with_biases, everywhere=False),
+    "biases everywhere": variations.with_biases,
     "second sweep, all documents alike": variations.swept_again,
     "writer ridge 1e-6": functools.partial(usual, fit_writer_ridge=1e-6),
     "map refitted once": variations.refitted_map,
     "map refitted three times": functools.partial(variations.refitted_map, times=3),
     "map by Fisher's information": variations.fisher_map,
-    "biases on q, k, v": functools.partial(variations.with_biases, everywhere=False),
-    "biases everywhere": variations.with_biases,
-    "writers of their own": variations.free_writers,
-    "targets of later points": variations.later_targets,
 }
 SCORES = ("exact_match", "kl_reasoning", "kl_easy", "easy_perplexity", "easy_accuracy", "seconds")
 
@@ -45,42 +43,26 @@ class Refitted:
     study: Lines
     smaller: dict = dataclasses.field(default_factory=dict)  # Cell fields
 
-    def cell(self, width: int, seed: int, split: str, **options) -> Cell:
-        return Cell("fitted", width, seed, split, options, **self.smaller)
+    def cell(self, width: int, seed: int, sweeps: int = 1) -> Cell:
+        return Cell("fitted", width, seed, options={} if sweeps == 1 else {"fit_sweeps": sweeps}, **self.smaller)
 
     def get(self, cell: Cell, teacher: Teacher, name: str = "usual") -> dict | None:
         found = self.lines.get(_key(cell, teacher, name))
         return found if found is not None or name != "usual" else self.study.get(cell.key(teacher))
 
-    def sweeps(self, teacher: Teacher, width: int, split: str) -> dict[int, list[Cell]]:
-        seeds = SEEDS if split == "test" else CHOICE_SEEDS
-        return {count: [self.cell(width, seed, split, **({} if count == 1 else {"fit_sweeps": count})) for seed in seeds] for count in SWEEPS}
-
-    def sweep_tasks(self, teacher: Teacher, width: int, split: str) -> dict[str, Callable[[], dict]]:
-        cells = [cell for found in self.sweeps(teacher, width, split).values() for cell in found]
+    def sweep_tasks(self, teacher: Teacher, width: int, sweeps: int) -> dict[str, Callable[[], dict]]:
+        cells = [self.cell(width, seed, sweeps) for seed in SEEDS]
         return {_key(cell, teacher, "usual"): functools.partial(measure, cell, teacher.folder) for cell in cells if self.get(cell, teacher) is None}
 
     def tasks(self, name: str, teacher: Teacher, width: int) -> dict[str, Callable[[], dict]]:
-        cells = [self.cell(width, seed, "test") for seed in SEEDS]
+        cells = [self.cell(width, seed) for seed in SEEDS]
         return {_key(cell, teacher, name): functools.partial(varied, cell, teacher.folder, VARIATIONS[name]) for cell in cells}
 
-    def entry(self, cells: Sequence[Cell], teacher: Teacher, name: str = "usual") -> dict | None:
+    def entry(self, teacher: Teacher, width: int, name: str = "usual", sweeps: int = 1) -> dict | None:
         """Spreads over the seeds that are there."""
+        cells = [self.cell(width, seed, sweeps) for seed in SEEDS]
         found = [result for cell in cells if (result := self.get(cell, teacher, name)) is not None]
         return {"seeds": len(found), **{score: spread([result[score] for result in found]) for score in SCORES}} if found else None
-
-    def variation(self, name: str, teacher: Teacher, width: int) -> dict | None:
-        return self.entry([self.cell(width, seed, "test") for seed in SEEDS], teacher, name)
-
-    def chosen(self, places: Sequence[tuple[Teacher, int]]) -> int | None:
-        """The number of sweeps of the highest mean exact match over all places on the validation split; None while cells are missing."""
-        means = {}
-        for count in SWEEPS:
-            found = [self.get(cell, teacher) for teacher, width in places for cell in self.sweeps(teacher, width, "validation")[count]]
-            if None in found:
-                return None
-            means[count] = statistics.mean(result["exact_match"] for result in found)
-        return max(means, key=means.get)
 
 
 def varied(cell: Cell, teacher_path: str, change: Callable) -> dict:
