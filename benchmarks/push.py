@@ -62,17 +62,17 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _work(args: argparse.Namespace, refitted: Refitted, retrained: Retrained, places: list[tuple[Teacher, int]]) -> Iterator[tuple[str, dict]]:
     """What is to run, in its order; a recipe's tests are known when its rates are swept."""
-    def sweeps(some: list[tuple[Teacher, int]]) -> Iterator[tuple[str, dict]]:
-        for count in reversed(SWEEPS):
-            for teacher, width in some if "sweeps" in args.part else ():
-                yield f"{count} sweeps, {teacher.name} {width}", refitted.sweep_tasks(teacher, width, count)
+    def sweeps(count: int, some: list[tuple[Teacher, int]]) -> Iterator[tuple[str, dict]]:
+        for teacher, width in some if "sweeps" in args.part else ():
+            yield f"{count} sweeps, {teacher.name} {width}", refitted.sweep_tasks(teacher, width, count)
 
-    yield from sweeps(places[:FIRST])
+    yield from sweeps(SWEEPS[-1], places[:FIRST])
     if "untrained" in args.part:
         for name in args.names or VARIATIONS:
             if name in VARIATIONS:
                 yield name, refitted.tasks(name, *places[0])
-    yield from sweeps(places[FIRST:])
+    for count in reversed(SWEEPS):
+        yield from sweeps(count, places)
     if "trained" in args.part:
         for name in args.names or RECIPES:
             if name in RECIPES:
