@@ -81,25 +81,26 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         cost = forecast(teacher.config, config.hidden_size, tokens, explained="point_covariance" in start.needs, fit=fit, sweeps=config.fit_sweeps,
                         teacher_bytes=teacher.dtype.itemsize, rate=measured_rate(teacher.device))
         tqdm.write(f"start={config.start}, start_fit={fit}: {cost}")
-    moments, weights = [name for name in ("covariance", "point_covariance") if name in start.needs], DocumentWeights()
+    moments = {name: True for name in ("covariance", "point_covariance") if name in start.needs}
+    weights, text = DocumentWeights(), batches
     for sweep in range(config.fit_sweeps):
-        if sweep:  # what the start is made of, with the weights
-            weighted = [{**batch, "token_weight": weight} for batch, weight in zip(batches, weights.update(done), strict=True)]
-            if moments:
-                calibration = calibrate_batches(teacher, weighted, tap=config.calibration_tap, **dict.fromkeys(moments, True))
         with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
             context = _context(teacher, config, calibration, batches)
             context.on_step = lambda share: (bar.set_postfix_str(f"explained {share:.4f}", refresh=False), bar.update())
             found = start(context)
         with tqdm(desc=f"fitting the start{f', sweep {sweep + 1}' if sweep else ''}", disable=quiet, leave=False) as bar:
-            def show(at: int, total: int, report: str) -> None:
+            def show(done: int, total: int, report: str) -> None:
                 bar.total = total
                 bar.set_postfix_str(report, refresh=False)
-                bar.update(at - bar.n)
+                bar.update(done - bar.n)
 
-            done = fit_student(teacher, found.maps, weighted if sweep else batches, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
-                               writer_ridge=config.fit_writer_ridge, kept=kept.of_sweep(sweep), on_progress=show)
-    maps = done.maps
+            fitted = fit_student(teacher, found.maps, text, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
+                                 writer_ridge=config.fit_writer_ridge, kept=kept.of_sweep(sweep), on_progress=show)
+        maps = fitted.maps
+        if sweep + 1 < config.fit_sweeps:  # the same text, and what the start is made of, with the weights that this student gives
+            text = [{**batch, "token_weight": weight} for batch, weight in zip(batches, weights.update(fitted), strict=True)]
+            calibration = calibrate_batches(teacher, text, tap=config.calibration_tap, **moments) if moments else calibration
+        del fitted  # a student and both streams
     channels = found.channels if fit == "readers" else None
     kept.keep_whole(maps if channels is None else {**maps, "channels": channels}, model_hash(teacher))
     return starts.StartMaps(maps, channels)

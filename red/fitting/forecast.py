@@ -69,7 +69,8 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
     if fit == "full":
         flops += forward(d) + 2 * n * d * inputs + (points - 1) * (2 * n * d * (d + 2 * narrow) + d**3)
         device = max(device, student + 8 * (2 * d * d + 2 * d * narrow))
-    if fit != "none":
+    if fit != "none" and sweeps > 1:
+        host += 4 * points * d * d if explained else 0  # the first calibration is the caller's, beside that of a later sweep
         flops = sweeps * flops + (sweeps - 1) * 2 * n * config.vocab_size * (d + narrow)
     return Forecast(flops, None if rate is None else flops / rate, int(host), int(device))
 
