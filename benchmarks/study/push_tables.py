@@ -11,7 +11,7 @@ def texts(found: dict) -> dict[str, str]:
 
 
 def sweeps(places: dict) -> str:
-    counts = list(next(iter(places.values())))
+    counts = [count for count in next(iter(places.values())) if count == "1" or any(entries[count] for entries in places.values())]
     head = ["teacher and width", *(f"{count} sweep{'s' if count != '1' else ''}" for count in counts), "KL: reasoning", "KL: easy text", "easy perplexity"]
     rows = []
     for place, entries in places.items():
@@ -49,7 +49,10 @@ def _recipe(name: str, entry: dict, grid) -> list:
 
 
 def _percent(entry: dict | None) -> str:
-    return "–" if entry is None else f"{100 * entry['exact_match']['mean']:.1f} ± {100 * entry['exact_match']['std']:.1f}"
+    if entry is None:
+        return "–"
+    few = "" if entry["seeds"] >= 3 else f" ({entry['seeds']} seed{'s' if entry['seeds'] > 1 else ''})"
+    return f"{100 * entry['exact_match']['mean']:.1f} ± {100 * entry['exact_match']['std']:.1f}{few}"
 
 
 def _each(entries: dict, counts: list[str], score: str, digits: int = 3) -> str:
