@@ -5,7 +5,8 @@
     python benchmarks/push.py --no-run                               put together what is there
 
 Each finished run is a line of results/push_runs.jsonl at once and is not run again. What is put together is all that is there: results/push.json, and the
-tables of docs/starts.md between their markers. A recipe's rate is chosen on the validation split, figures are of the test split. The usual start's and recipe's rows are the study's own runs (benchmarks/untrained.py, benchmarks/starts.py), of the same seeds and text.
+tables of docs/starts.md between their markers. A recipe's rate is chosen on the validation split, figures are of the test split. The
+usual start's and recipe's rows are the study's own runs (benchmarks/untrained.py, benchmarks/starts.py), of the same seeds and text.
 """
 
 from __future__ import annotations

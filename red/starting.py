@@ -73,8 +73,9 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         return starts.StartMaps(found, found.pop("channels", None))
     counted = sum(int(batch["token_mask"].sum()) if "token_mask" in batch else batch["input_ids"].numel() for batch in batches)
     if first and counted < FEW * teacher.config.hidden_size:
-        logger.warning(f"start={config.start} is fitted to {counted:,} tokens, {counted / teacher.config.hidden_size:.1f} for each of the teacher's {teacher.config.hidden_size} channels; "
-                       f"with less than {FEW} it fits the text and not the teacher (docs/starts.md). Raise calibration_samples ({config.calibration_samples}), or give more text.")
+        width = teacher.config.hidden_size
+        logger.warning(f"start={config.start} is fitted to {counted:,} tokens, {counted / width:.1f} for each of the teacher's {width} channels; with less than {FEW} "
+                       f"it fits the text and not the teacher (docs/starts.md). Raise calibration_samples ({config.calibration_samples}), or give more text.")
     quiet = config.disable_tqdm or not first
     if not quiet:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
