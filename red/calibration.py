@@ -133,7 +133,8 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
     Args:
         teacher: a causal language model of a supported family (`red.families.SUPPORTED`).
         batches: dicts of `input_ids [B, T]`, and optionally `position_ids [B, T]` (a restart begins a new sequence) and
-            `token_mask [B, T]` (False on padding): what `red.data.collate` returns.
+            `token_mask [B, T]` (False on padding): what `red.data.collate` returns; and `token_weight [B, T]`, of mean one over the tokens that
+            count: how often each counts in the second moments.
         tap: "residual" or "norm", where RED's score reads the activations.
         covariance: also accumulate the pooled second moment, O(d²) memory; `pca`, `activation_lstsq` and `balanced` need it.
         point_covariance: the pooled one and also that of each read point, O(L d²) host memory; `explained` and `fitted` need it.
@@ -197,7 +198,8 @@ class _Sums:
         ids = batch["input_ids"]
         mask = batch.get("token_mask")
         self.mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self.segments, count = _segments(batch.get("position_ids"), self.mask)
+        self.weight = batch["token_weight"].sqrt() if "token_weight" in batch else None
+        self.segments, count = segments(batch.get("position_ids"), self.mask)
         self.num_segments = count
         self.sequences += count
         self.tokens += int(self.mask.sum())
@@ -219,7 +221,8 @@ class _Sums:
         candidates = torch.cat([self.longest[point], rows])
         self.longest[point] = candidates[candidates.square().sum(-1).topk(LONGEST).indices]
         if self.covariance is not None or self.point_covariance is not None:
-            product = second_moment(stream, scale=square.rsqrt(), mask=self.mask, out=stream.new_zeros((stream.shape[-1],) * 2, dtype=self.dtype))
+            scale = square.rsqrt() if self.weight is None else square.rsqrt() * self.weight
+            product = second_moment(stream, scale=scale, mask=self.mask, out=stream.new_zeros((stream.shape[-1],) * 2, dtype=self.dtype))
             if self.covariance is not None:
                 self.covariance += product
             if self.point_covariance is not None:
@@ -250,7 +253,7 @@ class _Sums:
                            None if points is None else points.div_(count))
 
 
-def _segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:
+def segments(position_ids: Tensor | None, mask: Tensor) -> tuple[Tensor, int]:
     """Number the sequences of a packed batch: ids `[B, T]` from 0, -1 on padding, and how many there are."""
     starts = torch.zeros_like(mask)
     starts[:, 0] = True

@@ -16,7 +16,7 @@ INDENT = 33  # where the meaning of a setting begins
 GROUPS = {
     "teacher and data": ("teacher_model_name_or_path", "teacher_dtype", "train_file", "dataset_name", "dataset_split", "text_column", "max_length",
                          "packing", "assistant_only_loss", "streaming", "token_cache_dir", "output_dir"),
-    "the student and its start": ("hidden_size", "start", "start_fit", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
+    "the student and its start": ("hidden_size", "start", "start_fit", "fit_sweeps", "fit_reader_ridge", "fit_writer_ridge", "start_std", "norm_scale", "calibration_samples", "calibration_tap"),
     "objective": ("temperature", "divergence", "jsd_beta", "ce_weight", "kl_weight", "tap_weight", "tap_target", "lrc_faithful", "erank_weight", "loss_chunk_size"),
     "speed and memory": ("student_dtype", "packed_attention", "checkpointing", "compile_layers", "teacher_fp8"),
     "watching: collapse, and reasoning": ("erank_steps", "erank_floor", "erank_patience", "erank_stop", "canary_steps", "canary_file", "canary_samples"),

@@ -37,6 +37,7 @@ class REDConfig(TrainingArguments):
 
     start: str = field(default="fitted", metadata={"help": "How the projections begin: fitted, activation (RED), random (LRC), pca, …; see red.starts.names(); or the start.safetensors of red compress."})
     start_fit: str | None = field(default=None, metadata={"help": "Fit after the start, layer by layer on the calibration text: none, readers (the writing side stays as it is), or full; fitted means full, the others none."})
+    fit_sweeps: int = field(default=1, metadata={"help": "Times that a start is fitted: from the second on, documents on which the student is far from its teacher count more (docs/starts.md). Each costs a calibration and a fit."})
     fit_reader_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the fitted readers, relative to the mean square of the student's normalised stream."})
     fit_writer_ridge: float = field(default=1e-4, metadata={"help": "Ridge of the repairing writers, relative to the mean square of what they write."})
     start_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start (start=random)."})
@@ -153,7 +154,7 @@ class REDConfig(TrainingArguments):
         require(not (self.train_file and self.dataset_name), "dataset_name", "train_file is given too; drop one of them")
         require(self.max_skipped_steps >= 1, "max_skipped_steps", "must be at least 1, which ends the run at the first such step")
         require(self.max_length >= 2, "max_length", "a row needs at least 2 tokens")
-        for name in ("calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in ("calibration_samples", "fit_sweeps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
         require(self.loss_chunk_size is None or self.loss_chunk_size >= 1, "loss_chunk_size", "must be at least 1; leave it out for what fits")
         require(self.dataloader_num_workers >= 0, "dataloader_num_workers", "must not be negative; 0 loads in the training process")

@@ -9,21 +9,26 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from red import starts
-from red.calibration import Calibration, model_hash
+from red.calibration import Calibration, calibrate_batches, model_hash
 from red.config import REDConfig
 from red.errors import REDError
 from red.export import check_width
 from red.families import teacher_config
 from red.files import require_existing
-from red.fitting import fit_maps, forecast
+from red.fitting import fit_student, forecast
 from red.fitting.forecast import Forecast, measured_rate
 from red.fitting.resume import START_FILE, StartFolder, read_start
 from red.fitting.shared_map import ITERATIONS
+from red.fitting.sweeps import DocumentWeights
 from red.map_files import check_maps
 
+FEW = 20  # tokens of each channel: docs/starts.md, the table of calibration rows
 METHOD = 1  # raised when the same settings come to mean other maps, so that files of before are not used
+
+logger = logging.get_logger(__name__)
 
 
 def from_file(config: REDConfig) -> bool:
@@ -66,26 +71,40 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
     found = kept.whole()
     if found is not None:
         return starts.StartMaps(found, found.pop("channels", None))
+    counted = sum(int(batch["token_mask"].sum()) if "token_mask" in batch else batch["input_ids"].numel() for batch in batches)
+    if first and counted < FEW * teacher.config.hidden_size:
+        width = teacher.config.hidden_size
+        logger.warning(f"start={config.start} is fitted to {counted:,} tokens, {counted / width:.1f} for each of the teacher's {width} channels; with less than {FEW} "
+                       f"it fits the text and not the teacher (docs/starts.md). Raise calibration_samples ({config.calibration_samples}), or give more text.")
     quiet = config.disable_tqdm or not first
     if not quiet:
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         tqdm.write(f"start={config.start}, start_fit={fit}: {start_cost(config, teacher.config, tokens, teacher.dtype.itemsize)}")
-    with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
-        context = _context(teacher, config, calibration, batches)
-        def shared(share: float) -> None:
-            bar.set_postfix_str(f"explained {share:.4f}", refresh=False)
-            bar.update()
+    moments = {name: True for name in ("covariance", "point_covariance") if name in start.needs}
+    weights, text = DocumentWeights(), batches
+    for sweep in range(config.fit_sweeps):
+        with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
+            context = _context(teacher, config, calibration, batches)
 
-        context.on_step = shared
-        found = start(context)
-    with tqdm(desc="fitting the start", disable=quiet, leave=False) as bar:
-        def show(done: int, total: int, report: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(report, refresh=False)
-            bar.update(done - bar.n)
+            def shared(share: float, bar=bar) -> None:
+                bar.set_postfix_str(f"explained {share:.4f}", refresh=False)
+                bar.update()
 
-        maps = fit_maps(teacher, found.maps, batches, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
-                        writer_ridge=config.fit_writer_ridge, kept=kept, on_progress=show)
+            context.on_step = shared
+            found = start(context)
+        with tqdm(desc=f"fitting the start{f', sweep {sweep + 1}' if sweep else ''}", disable=quiet, leave=False) as bar:
+            def show(done: int, total: int, report: str, bar=bar) -> None:
+                bar.total = total
+                bar.set_postfix_str(report, refresh=False)
+                bar.update(done - bar.n)
+
+            fitted = fit_student(teacher, found.maps, text, writers=fit == "full", reader_ridge=config.fit_reader_ridge,
+                                 writer_ridge=config.fit_writer_ridge, kept=kept.of_sweep(sweep), on_progress=show)
+        maps = fitted.maps
+        if sweep + 1 < config.fit_sweeps:  # the same text, and what the start is made of, with the weights that this student gives
+            text = [{**batch, "token_weight": weight} for batch, weight in zip(batches, weights.update(fitted), strict=True)]
+            calibration = calibrate_batches(teacher, text, tap=config.calibration_tap, **moments) if moments else calibration
+        del fitted  # a student and both streams
     channels = found.channels if fit == "readers" else None
     kept.keep_whole(maps if channels is None else {**maps, "channels": channels}, model_hash(teacher))
     return starts.StartMaps(maps, channels)
@@ -93,8 +112,8 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
 
 def start_cost(config: REDConfig, teacher: PreTrainedConfig, tokens: int, teacher_bytes: int) -> Forecast:
     """What calibration, start and fit cost on `tokens` tokens, at this device's rate of multiplying; `teacher_bytes` an entry of its weights."""
-    return forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit_of(config), teacher_bytes=teacher_bytes,
-                    rate=measured_rate(config.device))
+    return forecast(teacher, config.hidden_size, tokens, explained="point_covariance" in needs_of(config), fit=fit_of(config), sweeps=config.fit_sweeps,
+                    teacher_bytes=teacher_bytes, rate=measured_rate(config.device))
 
 
 def forecast_of(config: REDConfig) -> str:
@@ -119,7 +138,7 @@ def _context(teacher, config: REDConfig, calibration, batches) -> starts.StartCo
 
 def _key(teacher, config: REDConfig, calibration: Calibration | None, batches: list[dict[str, Tensor]]) -> str:
     """Everything that decides a fitted start, as one hash."""
-    names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "calibration_tap")
+    names = ("start", "hidden_size", "seed", "start_std", "norm_scale", "fit_reader_ridge", "fit_writer_ridge", "fit_sweeps", "calibration_tap")
     digest = hashlib.sha256(f"{METHOD} {model_hash(teacher)} {fit_of(config)} {[getattr(config, name) for name in names]}".encode())
     texts = [batch[name] for batch in batches for name in ("input_ids", "position_ids", "token_mask") if name in batch]  # with where documents begin
     for tensor in [*texts, *([] if calibration is None else [calibration.scores])]:

@@ -19,7 +19,7 @@ from red.cli import main
 from red.config import REDConfig
 from red.errors import REDError
 from red.files import CHANNELS_FILE, PAGE, RUN_FILE
-from red.fitting.fit import _Fit, fit_maps
+from red.fitting.fit import Fit, fit_maps
 from red.fitting.resume import HALF_LAYERS, START_FILE, StartFolder
 from red.fitting.shared_map import most_explained
 from red.prepare import calibration_batches, pack_rows
@@ -38,9 +38,9 @@ def _quick(monkeypatch):
 @pytest.fixture()
 def fitted_points(monkeypatch):
     """The read points whose readers were really fitted, in order; the head is the last."""
-    points, plain, head = [], _Fit.readers, _Fit.head
-    monkeypatch.setattr(_Fit, "readers", lambda self, half: points.append(half.point) or plain(self, half))
-    monkeypatch.setattr(_Fit, "head", lambda self: points.append("head") or head(self))
+    points, plain, head = [], Fit.readers, Fit.head
+    monkeypatch.setattr(Fit, "readers", lambda self, half: points.append(half.point) or plain(self, half))
+    monkeypatch.setattr(Fit, "head", lambda self: points.append("head") or head(self))
     return points
 
 
@@ -67,7 +67,7 @@ def test_an_interrupted_fit_goes_on(tiny_teacher, family, tmp_path, fitted_point
     with pytest.raises(KeyboardInterrupt):
         fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"), on_progress=interrupt_after(done))
     fitted_points.clear()
-    assert sorted(path.name for path in (tmp_path / HALF_LAYERS).iterdir()) == [f"{point:03d}.safetensors" for point in range(done)]
+    assert sorted(path.name for path in (tmp_path / HALF_LAYERS).iterdir()) == [f"0_{point:03d}.safetensors" for point in range(done)]
     reports = []
     found = fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"), on_progress=lambda *facts: reports.append(facts))
     assert equal(found, whole) and fitted_points == [*range(done, 4), "head"]
@@ -94,7 +94,7 @@ def test_a_half_layer_that_cannot_be_used_is_fitted_again(tiny_teacher, tmp_path
     teacher = tiny_teacher()
     start = start_of(teacher, "pca").maps
     whole = fit_maps(teacher, start, text(), kept=StartFolder(tmp_path, "key"))
-    path = tmp_path / HALF_LAYERS / "002.safetensors"
+    path = tmp_path / HALF_LAYERS / "0_002.safetensors"
     content = path.read_bytes()
     path.write_bytes({"cut short": content[:-100], "empty": b"", "no safetensors": b"x" * 500, "of another key": content}[damage])
     if damage == "of another key":
@@ -272,7 +272,7 @@ def test_command_line(tiny_teacher, tmp_path, monkeypatch, capsys):
                                        f"use_cpu: true\ndisable_tqdm: false\ncalibration_samples: 4\noutput_dir: {tmp_path}/small\n")
     given = ["compress", "--config", str(tmp_path / "run.yaml")]
     with monkeypatch.context() as patch:
-        patch.setattr(_Fit, "head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Fit, "head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main(given) == 130
     assert f"Kept: what was fitted so far, in {tmp_path}/small. The same command goes on" in capsys.readouterr().err
     assert main(given) == 0
@@ -291,7 +291,7 @@ def test_dry_run_reads_no_weight(tiny_teacher, tmp_path, capsys):
     given = ["compress", "--dry-run", "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "small"), "--use_cpu"]
     assert main([*given, "--hidden_size", "16", "--calibration_samples", "8", "--max_length", "100"]) == 0
     shown = capsys.readouterr().out
-    assert "hidden_size 32 -> 16, 2 layers, start=fitted, start_fit=full, 800 tokens of calibration" in shown and "TFLOP, about" in shown
+    assert "hidden_size 32 -> 16, 2 layers, start=fitted, start_fit=full, 800 tokens of calibration" in shown and "TFLOP, at least" in shown
     assert main([*given, "--hidden_size", "16", "--start", "activation"]) == 0
     assert "start=activation, start_fit=none" in capsys.readouterr().out
     for extra, message in ((["--hidden_size", "18"], "not a multiple"), (["--hidden_size", "16", "--start", "x"], "start='x' is unknown")):

@@ -16,7 +16,7 @@ from red.calibration import calibrate_batches
 from red.config import REDConfig
 from red.errors import REDError
 from red.fitting import fit_maps
-from red.fitting.fit import _Fit, turned
+from red.fitting.fit import Fit, turned
 from red.fitting.layers import Streams, half_layers
 from red.projections import Projections
 from red.starts.base import StartContext, StartMaps, random_orthonormal, selection, shared
@@ -151,7 +151,7 @@ def test_streams_between_half_layers_are_the_models_own(tiny_teacher, family):
     windows = {} if family == "llama" else {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     teacher, batches = tiny_teacher(family, **windows), text(2)
     with torch.no_grad():
-        fit = _Fit(teacher, start_of(teacher, "pca").maps, Streams(teacher, batches), 1e-4, 1e-4)
+        fit = Fit(teacher, start_of(teacher, "pca").maps, Streams(teacher, batches), 1e-4, 1e-4)
         fit.streams.begin(fit.student)
         for half in half_layers(teacher.config):
             fit.writer(half)  # of which nothing stays behind

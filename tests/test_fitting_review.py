@@ -116,7 +116,7 @@ def test_a_large_vocabulary_is_read_in_parts(tiny_teacher, monkeypatch):
         start = start_of(teacher, "orthogonal_shared").maps
         streams = fit.Streams(teacher, text())
         with torch.no_grad():
-            student = fit._Fit(teacher, start, streams, 1e-4, None).student
+            student = fit.Fit(teacher, start, streams, 1e-4, None).student
         return largest.elements, gramian, gain, student.lm_head.weight.detach()
 
     whole = run()

@@ -165,6 +165,19 @@ def test_most_explained_never_ends_worse_than_it_began(measured, monkeypatch):
     torch.testing.assert_close(projector(most_explained(found, covariances, gramians, iterations=0)), projector(found))
 
 
+def test_a_climb_in_fp32_is_judged_in_fp64_at_both_ends(measured, monkeypatch):
+    """Where fp32 takes its noise for a climb, the begin is kept; and a caller's no_grad is no hindrance."""
+    _, _, covariances, gramians = measured
+    narrow, plain, begin = (covariances.float(), gramians.float()), shared_map.explained_shares, orthonormal(NARROW, 5, torch.float32)
+    with torch.no_grad():
+        honest = most_explained(begin, *narrow, iterations=30)
+    assert (1 - shares(honest.double(), measured)).square().mean() < 0.9 * (1 - shares(begin.double(), measured)).square().mean()
+    top = most_explained(honest, *narrow, iterations=100)
+    # fp32 that sees the objective upside down: it only falls, and believes to climb
+    monkeypatch.setattr(shared_map, "explained_shares", lambda down, *rest: plain(down, *rest) if down.dtype == torch.float64 else -plain(down, *rest))
+    torch.testing.assert_close(projector(most_explained(top, *narrow, iterations=30)), projector(top), rtol=0, atol=1e-5)
+
+
 def test_explained_explains_more_than_balanced_and_pca(measured):
     """By its own measure, the mean of `(1 - f)²`, in what the registered starts really keep."""
     teacher, *_ = measured

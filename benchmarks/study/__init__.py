@@ -1,4 +1,5 @@
-"""The parts of benchmarks/starts.py (trained students) and benchmarks/untrained.py (students before any training).
+"""The parts of benchmarks/starts.py (trained students) and benchmarks/untrained.py (students before any training), and of
+benchmarks/push.py (what brings a quarter of the width nearer to the teacher).
 
     rows         what is compared: starts, variants, learning rates, seeds, steps of measurement
     teachers     the functions that are distilled, and the same function in other bases
@@ -9,5 +10,8 @@
     tables       Markdown tables of it
     cells        one untrained student: made, measured
     untrained    the grids of cells and their tables
+    variations   push.py: other fits of the same student
+    recipes      … other ways to train its projections
+    refitted, retrained, push_tables   … their cells and runs, and the tables
     autoencoder  the linear auto-encoder in which RED's paper explains the collapse
 """

@@ -70,7 +70,8 @@ def pick_device(device: str) -> str:
 
 
 def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int] = (), split: str = "test", device: str = "auto",
-                export_to: str | None = None, on_evaluation: Callable[[dict], None] | None = None) -> dict:
+                export_to: str | None = None, on_evaluation: Callable[[dict], None] | None = None,
+                change: Callable[[red.REDTrainer], None] | None = None) -> dict:
     """Train one student and measure it.
 
     Args:
@@ -81,6 +82,7 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         export_to: folder for the plain Hugging Face checkpoint.
         on_evaluation: called with each entry of the history when it is there.
+        change: called with the trainer before it trains, for what `run.options` cannot say.
 
     Returns:
         `{"learning_rate", "history": [{"tokens" (trained on, without padding), "step", "exact_match", "exact_match_by_steps", "easy_accuracy",
@@ -95,6 +97,8 @@ def run_student(run: StudentRun, *, teacher_path: str, evaluate_at: Iterable[int
             teacher=teacher, args=run_config(run, teacher, scratch, device), train_dataset=training_text(run, tokenizer),
             processing_class=tokenizer, callbacks=[watcher],
         )
+        if change is not None:
+            change(trainer)
         watcher.student, watcher.reading = trainer.student, _Reading(trainer.student, tokenizer.pad_token_id)
         with watcher.reading:
             started = time.perf_counter()

@@ -5,11 +5,12 @@
     massive        directions that the norm needs and no reader hears
     layers         the half layers of a Hugging Face decoder, run one at a time on stored streams
     fit            readers and writers through the depth, from the stream that the student itself produces
+    sweeps         documents that the student of one sweep finds hard count more in the next
     resume         the maps of finished half layers in files, so that an interrupted fit goes on
     forecast       time and memory, before it starts
 """
 
-from red.fitting.fit import fit_maps
+from red.fitting.fit import fit_maps, fit_student
 from red.fitting.forecast import Forecast, forecast
 
-__all__ = ["Forecast", "fit_maps", "forecast"]
+__all__ = ["Forecast", "fit_maps", "fit_student", "forecast"]

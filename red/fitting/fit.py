@@ -33,24 +33,30 @@ ROWS = 8192  # of a weight, multiplied in fp64 at a time
 Progress = Callable[[int, int, str], None]  # half layers done, of how many, what was measured
 
 
+def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterable[dict[str, Tensor]], **settings) -> dict[str, Tensor]:
+    """The maps of `fit_student`."""
+    return fit_student(teacher, maps, batches, **settings).maps
+
+
 @torch.no_grad()
-def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterable[dict[str, Tensor]], *, writers: bool = True,
-             reader_ridge: float = 1e-4, writer_ridge: float = 1e-4, kept: StartFolder | None = None,
-             on_progress: Progress | None = None) -> dict[str, Tensor]:
+def fit_student(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterable[dict[str, Tensor]], *, writers: bool = True,
+                reader_ridge: float = 1e-4, writer_ridge: float = 1e-4, kept: StartFolder | None = None,
+                on_progress: Progress | None = None) -> Fit:
     """Fit the readers, and the writers too, of a student that starts from `maps`.
 
     Args:
         teacher: in eval mode; its weights are only read.
         maps: a start's maps by the student parameter's name, see `red.starts.StartMaps`; its writing side is where the fit begins. The
             embedding's map `Q [d, d']` is the target that every writer repairs towards: `x_teacher Q`.
-        batches: calibration text, dicts as `red.data.collate` returns them.
+        batches: calibration text, dicts as `red.data.collate` returns them, perhaps with `token_weight [B, T]`: how often a token counts in every sum.
         writers: False leaves the writing side as it is, so a selection of channels stays one.
         reader_ridge, writer_ridge: relative to the mean square of what is multiplied.
         kept: where finished half layers are kept, and not fitted again; None keeps nothing.
         on_progress: called after each read point.
 
     Returns:
-        New maps of all readers, writers and gains, fp64 on the CPU; the embedding's map is unchanged, or for a tied teacher whose writers are fitted, turned.
+        The finished student beside the streams of both models before the last norm. Its `maps` are new for all readers, writers and gains, fp64 on the
+        CPU; the embedding's is unchanged, or for a tied teacher whose writers are fitted, turned.
 
     Raises:
         REDError: no token, activations that are not finite, or a singular problem.
@@ -61,7 +67,7 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
     try:
         if "flash" in (attention or ""):  # its kernels take no fp32, in which the student is, and packed text in one row only
             teacher.config._attn_implementation = "sdpa"
-        fit = _Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
+        fit = Fit(teacher, maps, Streams(teacher, batches), reader_ridge, writer_ridge if writers else None)
         kept.begin(fit.down)
         fit.streams.begin(fit.student)
         halves = half_layers(teacher.config)
@@ -84,10 +90,10 @@ def fit_maps(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iterabl
     finally:
         teacher.config._attn_implementation = attention
         teacher.train(was_training)
-    return fit.maps
+    return fit
 
 
-class _Fit:
+class Fit:
     """The student under construction and the streams of both models at the current read point."""
 
     def __init__(self, teacher: PreTrainedModel, maps: dict[str, Tensor], streams: Streams, reader_ridge: float, writer_ridge: float | None):
@@ -123,13 +129,18 @@ class _Fit:
                 for rows, part in zip(weight.split(ROWS), source.split(ROWS), strict=True):
                     rows.copy_((part.double() @ value).to(rows))
 
-    def estimate(self, norm: str) -> tuple[Tensor, Tensor, float]:
-        """`O [d', d]` of (2) with the gain folded in: `O diag(γ)`, the second moment of `y` `[d', d']`, and the share of `z` that it explains."""
+    def sums(self) -> LeastSquares:
+        """The problem of (2) at the present read point."""
         solver = LeastSquares(self.hidden_size, self.width, self.teacher.device)
         for place, teacher, student in self.streams:
-            mask = self.streams.mask(place)
-            y, z = normalised(student[mask], self.eps), normalised(teacher[mask], self.eps)
+            mask, weight = self.streams.mask(place), self.streams.weight(place)
+            y, z = normalised(student[mask], self.eps) * weight, normalised(teacher[mask], self.eps) * weight
             solver.add(y, z.to(y.dtype))
+        return solver
+
+    def estimate(self, norm: str) -> tuple[Tensor, Tensor, float]:
+        """`O [d', d]` of (2) with the gain folded in: `O diag(γ)`, the second moment of `y` `[d', d']`, and the share of `z` that it explains."""
+        solver = self.sums()
         solution = solver.solve(self.reader_ridge)
         gain = self.teacher.get_submodule(norm).weight.detach().double()
         share = 1 - solver.residual(solution) / solver.yy
@@ -138,7 +149,7 @@ class _Fit:
     def readers(self, half: HalfLayer) -> tuple[dict[str, Tensor], str]:
         """Maps of the half layer's readers and its norm, and what was explained."""
         estimate, _, share = self.estimate(half.norm)
-        found = {f"{path}.weight": (estimate.T / self.scale).contiguous() for path in half.readers}  # as a file wants it: no second copy of all maps
+        found = dict.fromkeys((f"{path}.weight" for path in half.readers), (estimate.T / self.scale).contiguous())  # one map, in memory and in files
         found[f"{half.norm}.weight"] = torch.full((self.hidden_size,), self.scale, dtype=torch.float64)
         self.take(found)  # the writer's fit runs the block with these readers
         return found, f"explained {share:.4f}"
@@ -159,7 +170,7 @@ class _Fit:
                 written = written + bias.detach().to(written)
             after = after[mask].double()
             error = after @ down - student[mask].double() - written.double() @ before
-            weight_of_token = after.square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt()
+            weight_of_token = after.square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt() * self.streams.weight(place)
             solver.add((written * weight_of_token).to(written), (error * weight_of_token).to(written))
         return {name: (before + solver.solve(self.writer_ridge)).T.contiguous().cpu()}
 
@@ -187,4 +198,9 @@ class _Fit:
 def turned(maps: dict[str, Tensor], rotation: Tensor) -> dict[str, Tensor]:
     """The maps of the same student with its stream turned, `x_S R`; gains must be constant over channels, and are left as they are."""
     writers = tuple(f"{path}.weight" for path in families.WRITERS.values())
-    return {name: value if value.dim() == 1 else rotation.T @ value if name.endswith(writers) else value @ rotation for name, value in maps.items()}
+    done: dict[tuple, Tensor] = {}  # what is one map stays one
+    for name, value in maps.items():
+        place = id(value), name.endswith(writers)
+        if place not in done:
+            done[place] = value if value.dim() == 1 else rotation.T @ value if place[1] else value @ rotation
+    return {name: done[id(value), name.endswith(writers)] for name, value in maps.items()}

@@ -16,7 +16,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Forecast:
-    """The cost of calibration, shared map and fit together. Bytes are of the largest moment, beside the teacher's own weights."""
+    """The cost of calibration, shared map and fit together. Only products are counted: small models on a CPU take two to four times as long. Bytes are of
+    the largest moment, beside the teacher's own weights."""
 
     flops: float
     seconds: float | None  # None where no rate was given
@@ -24,13 +25,13 @@ class Forecast:
     device_bytes: int
 
     def __str__(self) -> str:
-        minutes = "" if self.seconds is None else f", about {duration(self.seconds)} at this device's measured rate"
+        minutes = "" if self.seconds is None else f", at least {duration(self.seconds)} at this device's measured rate"
         return (f"{self.flops / 1e12:.3g} TFLOP{minutes}; {self.host_bytes / GIB:.2g} GiB on the host, "
                 f"{self.device_bytes / GIB:.2g} GiB on the device beside the teacher")
 
 
-def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explained: bool = True, fit: str = "full", teacher_bytes: int = 4,
-             rate: float | None = None) -> Forecast:
+def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explained: bool = True, fit: str = "full", sweeps: int = 1,
+             teacher_bytes: int = 4, rate: float | None = None) -> Forecast:
     """The forecast of a start with a fit.
 
     Args:
@@ -39,6 +40,7 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
         tokens: of the calibration text, padding included.
         explained: whether the map is `explained` (per-point covariances, O(L d²) memory) or `balanced` (O(d²)).
         fit: "none", "readers" or "full".
+        sweeps: of calibration, map and fit; between them both models' logits are compared.
         teacher_bytes: bytes of an element of the teacher's weights and stream.
         rate: floating-point operations a second; `measured_rate` finds it.
     """
@@ -58,7 +60,7 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
     student = 4 * narrow * (outputs + inputs + 2 * config.vocab_size)  # bytes, fp32
     # the climb: three matrices of each point, their products with Q and those of the gradient; in fp64 where red/starts/explained.py takes it
     climb = (8 if d <= 1024 else 4) * points * (3 * d * d + 4 * d * narrow + 4 * narrow * narrow) if explained else 8 * 4 * d * d
-    maps = {"none": 5, "readers": 5 + 5, "full": 5 + 7}[fit] * config.num_hidden_layers  # of [d, d'], fp64: the start's readers, then the fitted maps
+    maps = {"none": 2, "readers": 2 + 2, "full": 2 + 4}[fit] * config.num_hidden_layers  # of [d, d'], fp64: the start's, one for all readers of a point, then the fitted
     host, device = (4 * points * d * d if explained else 0) + 8 * d * narrow * maps, max(climb, 8 * 3 * d * d)
     if fit != "none":
         flops += forward(d) + 2 * forward(narrow) + points * 2 * n * narrow * (narrow + d)
@@ -67,6 +69,9 @@ def forecast(config: PreTrainedConfig, hidden_size: int, tokens: int, *, explain
     if fit == "full":
         flops += forward(d) + 2 * n * d * inputs + (points - 1) * (2 * n * d * (d + 2 * narrow) + d**3)
         device = max(device, student + 8 * (2 * d * d + 2 * d * narrow))
+    if fit != "none" and sweeps > 1:
+        host += 4 * points * d * d if explained else 0  # the first calibration is the caller's, beside that of a later sweep
+        flops = sweeps * flops + (sweeps - 1) * 2 * n * config.vocab_size * (d + narrow)
     return Forecast(flops, None if rate is None else flops / rate, int(host), int(device))
 
 

@@ -51,7 +51,7 @@ class Streams:
 
     Args:
         teacher: the model whose masks and rotary angles are used, and whose embedding begins its stream.
-        batches: dicts of `input_ids [B, T]`, perhaps `position_ids` and `token_mask`, re-iterable in one order.
+        batches: dicts of `input_ids [B, T]`, perhaps `position_ids`, `token_mask` and `token_weight`, re-iterable in one order.
     """
 
     def __init__(self, teacher: PreTrainedModel, batches):
@@ -68,6 +68,13 @@ class Streams:
     def mask(self, place: int) -> Tensor:
         """[B, T] bool on the teacher's device: the tokens that count."""
         return self._mask(self.batches[place]).to(self.teacher_model.device)
+
+    def weight(self, place: int) -> Tensor:
+        """[tokens that count, 1] on the teacher's device: the root of how often each counts, for both sides of a regression."""
+        batch, mask = self.batches[place], self.mask(place)
+        if "token_weight" not in batch:
+            return torch.ones(int(mask.sum()), 1, device=mask.device)
+        return batch["token_weight"].to(mask.device)[mask].sqrt()[:, None]
 
     def begin(self, student: PreTrainedModel) -> None:
         """Both streams at the first read point: the embeddings."""

@@ -1,7 +1,12 @@
-"""The start of a run in files: finished half layers while it is being fitted, the whole start afterwards. An interrupted fit goes on."""
+"""The start of a run in files: finished half layers while it is being fitted, the whole start afterwards. An interrupted fit goes on.
+
+Modules that read at one point have one map. A file of format 2 has it once, and the metadata says under `same` which names mean it: `{name: name in the
+file}`. Files of before, without a format, have it under each name.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from red.files import HALF_LAYERS, START_FILE, atomic_write_safetensors
 
 
 MARK = "mark"  # in the file of a half layer: of the map that it was fitted to
+FORMAT = 2
 SAME = 1e-6  # relative difference of two marks: rounding
 
 
@@ -30,6 +36,12 @@ class StartFolder:
     def __init__(self, folder: str | Path | None, key: str, writes: bool = True):
         self.folder, self.key, self.writes = None if folder is None else Path(folder), key, writes
         self.mark: Tensor | None = None
+        self.sweep = 0
+
+    def of_sweep(self, sweep: int) -> StartFolder:
+        """The same folder for a sweep's half layers, beside those of the sweeps before."""
+        self.sweep = sweep
+        return self
 
     def begin(self, down: Tensor) -> None:
         """The map `Q [d, d']` that half layers are fitted to. Another machine or number of threads may find another basis from the same key, in
@@ -42,25 +54,30 @@ class StartFolder:
         try:
             with safe_open(path, "pt") as file:
                 same = (file.metadata() or {}).get("key") == self.key
-            return load_file(path) if same else None
-        except (SafetensorError, FileNotFoundError):  # cut short by something else than red, or finished by the first process: it is fitted again
+            return _load(path) if same else None
+        except (SafetensorError, FileNotFoundError, ValueError):  # cut short by something else than red, or finished by the first process: it is fitted again
             return None
 
     def _write(self, path: Path, tensors: dict[str, Tensor], **facts: str) -> None:
         if self.folder is None or not self.writes:
             return
         own: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():  # writers that are left as they were may be one tensor, which safetensors refuses
-            tensor = tensor.contiguous()
-            own[name] = tensor.clone() if any(tensor.data_ptr() == other.data_ptr() for other in own.values()) else tensor
+        names: dict[tuple, str] = {}  # of what is there already, by its place in memory
+        same: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if names.setdefault(place, name) != name:
+                same[name] = names[place]
+            else:
+                own[name] = tensor.contiguous()
         try:
-            atomic_write_safetensors(path, own, metadata={"key": self.key, **facts})
+            atomic_write_safetensors(path, own, metadata={"key": self.key, "format": str(FORMAT), "same": json.dumps(same), **facts})
         except (OSError, SafetensorError) as error:
             raise REDError(f"{path} cannot be written: {error}. Make room or choose another output_dir; what was fitted before is kept, and the same "
                            "command goes on from there.") from error
 
     def _half_layer(self, point: int) -> Path:
-        return (self.folder or Path()) / HALF_LAYERS / f"{point:03d}.safetensors"
+        return (self.folder or Path()) / HALF_LAYERS / f"{self.sweep}_{point:03d}.safetensors"
 
     def half_layer(self, point: int) -> dict[str, Tensor] | None:
         """The maps of that half layer, or None where it was not finished."""
@@ -108,4 +125,23 @@ def read_start(path: str | Path, teacher_hash: str) -> dict[str, Tensor]:
     if facts["teacher_hash"] != teacher_hash:
         raise REDError(f"start={str(path)!r} was fitted for another teacher (hash {facts['teacher_hash'][:12]}, this one's is {teacher_hash[:12]}). "
                        "Give that teacher, loaded in the same teacher_dtype, or compress this one.")
-    return load_file(path)
+    try:
+        return _load(path)
+    except ValueError as error:
+        raise REDError(f"start={str(path)!r} cannot be read as a start: {error}. Give one that this version of red.compress or red.distill wrote.") from error
+
+
+def _load(path: str | Path) -> dict[str, Tensor]:
+    """Every map by its name; ValueError for a later format, or a list of names that cannot be."""
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+    if facts.get("format", "1") not in ("1", str(FORMAT)):
+        raise ValueError(f"it has format {facts['format']!r}, and this red reads up to {FORMAT}")
+    found = load_file(path)
+    try:
+        same = json.loads(facts.get("same", "{}"))
+    except RecursionError as error:
+        raise ValueError("its list of shared maps is damaged") from error
+    if not isinstance(same, dict) or any(name in found or not isinstance(source, str) or source not in found for name, source in same.items()):
+        raise ValueError("its list of shared maps is damaged")
+    return {**found, **{name: found[source] for name, source in same.items()}}

@@ -96,23 +96,36 @@ def most_explained(down: Tensor, covariances: Tensor, gramians: Tensor, *, fixed
     totals = (gramians * covariances).sum((-2, -1))
     free = torch.linalg.qr(down).Q[:, 0 if fixed is None else fixed.shape[1] :].clone().requires_grad_()
     optimizer = torch.optim.Adam([free], lr=LEARNING_RATE)
-    best, least = _beside(fixed, free.detach()), float("inf")
+    first = best = _beside(fixed, free.detach())
+    least = float("inf")
     for iteration in range(iterations + 1):
         with torch.enable_grad():
             orthonormal = _beside(fixed, free)
             shares = explained_shares(orthonormal, covariances, heard, totals)
-            loss = (1 - shares).square().mean()
+            loss = SCALE * (1 - shares).square().mean()
         if loss.item() < least:
             best, least = orthonormal.detach(), loss.item()
         if iteration == iterations:
             break
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / iterations)
         optimizer.zero_grad()
-        (SCALE * loss).backward()
+        loss.backward()
         optimizer.step()
         if on_step is not None:
             on_step(shares.mean().item())
-    return best
+    if covariances.dtype == torch.float64:
+        return best
+    ends = [_objective(end, covariances, gramians) for end in (first, best)]  # fp32 may take its own noise for a climb
+    return best if ends[1] <= ends[0] else first
+
+
+def _objective(down: Tensor, covariances: Tensor, gramians: Tensor) -> float:
+    """The mean of `(1 - f_i)²` in fp64, one point at a time."""
+    lost = []
+    for covariance, gramian in zip(covariances, gramians, strict=True):
+        covariance, gramian = covariance.double()[None], gramian.double()[None]
+        lost.append(1 - explained_shares(down.double(), covariance, covariance @ gramian @ covariance, (gramian * covariance).sum((-2, -1))))
+    return float(torch.cat(lost).square().mean())
 
 
 def gauge(down: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,8 +146,8 @@ def selection(context: StartContext, channels: Tensor, reader_up: Tensor | None 
     select[channels, torch.arange(len(channels))] = 1.0  # H
     scales = selection_scales(context, channels)
     maps = {context.embedding: select, **dict.fromkeys(context.writers(), select.T)}
-    for name, norm in context.readers():
-        maps[name] = select if reader_up is None else context.gain(norm)[:, None] * reader_up.T
+    folded = {norm: select if reader_up is None else context.gain(norm)[:, None] * reader_up.T for norm in context.norms}
+    maps |= {name: folded[norm] for name, norm in context.readers()}
     for norm, scale in zip(context.norms, scales, strict=True):
         tied_head = norm == "model.norm" and families.is_tied(context.teacher)  # its reader is the embedding, which only selects
         maps[f"{norm}.weight"] = scale * (context.gain(norm)[channels] if reader_up is None or tied_head else torch.ones(len(channels)))
@@ -194,8 +194,8 @@ def shared(context: StartContext, down: Tensor, estimate: Tensor | None = None) 
         down, estimate = down @ rotation, rotation.T @ estimate
     up = down if estimate is None else estimate.T
     maps = {context.embedding: down, **dict.fromkeys(context.writers(), down.T), **{f"{norm}.weight": gain for norm, gain in gains.items()}}
-    for name, norm in context.readers():
-        maps[name] = context.gain(norm)[:, None] * up
+    folded = {norm: context.gain(norm)[:, None] * up for norm in context.norms}  # one map for all that read at one point
+    maps |= {name: folded[norm] for name, norm in context.readers()}
     return StartMaps(maps)
 
 
