@@ -24,10 +24,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from red.data import collate, load_examples, pack
+from red.data.loading import collate, load_examples, pack
 from red.files import atomic_write_json
-from red.streaming import PackedStream
-from red.token_cache import cached
+from red.data.streaming import PackedStream
+from red.data.token_cache import cached
 
 LENGTH, BATCH = 2048, 3
 NEEDED = 25_000  # tokens/s of one GPU

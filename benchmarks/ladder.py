@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from red.config import REDConfig
-from red.shapes import SHAPES
+from red.planning.shapes import SHAPES
 
 GIB = 2**30
 
@@ -104,7 +104,7 @@ def setups(gpu: bool, complete: bool = False) -> list[Setup]:
             why_not = "on a GPU only"
         elif missing and len(missing) == len(rung.settings):
             why_not = f"REDConfig has no {', '.join(missing)}"
-        elif rung.split_products and importlib.util.find_spec("red.precision") is None:
+        elif rung.split_products and importlib.util.find_spec("red.training.precision") is None:
             why_not = "red has no split products"
         elif rung.settings.get("packed_attention") == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             why_not = f"torch {torch.__version__} has no varlen attention"

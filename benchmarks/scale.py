@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, from `red.plan` and `red.costs`: `python benchmarks/scale.py` writes them between their markers."""
+"""The tables of docs/scale.md, from `red.plan` and `red.planning.costs`: `python benchmarks/scale.py` writes them between their markers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.documents import between_markers, table
-from red import costs
-from red.costs import Sizes
-from red.gpus import GPUS
-from red.plan_report import GIB, PARTS, duration, paper_rows, span
-from red.planning import UTILISATION, Placement, config_of, fits, plan
+from red.planning import costs
+from red.planning.costs import Sizes
+from red.planning.gpus import GPUS
+from red.planning.report import GIB, PARTS, duration, paper_rows, span
+from red.planning.planner import UTILISATION, Placement, config_of, fits, plan
 
 PAGE = ROOT / "docs/scale.md"
 SMALL, LARGE = ("Llama-3.2-3B", 1536), ("Llama-3.1-70B", 4096)

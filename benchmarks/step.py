@@ -33,12 +33,12 @@ from benchmarks.ladder import LADDER, SIZES, Setup, Size, setups
 from benchmarks.lrc_step import LRCStep
 from benchmarks.timing import DEVICE, GPU
 from benchmarks.watch import Watch, memory
-from red import costs
+from red.planning import costs
 from red.config import REDConfig
 from red.errors import REDError
-from red.packing import PackedDataset, collate, pack
+from red.data.packing import PackedDataset, collate, pack
 from red.prepare import ready_calibration, start_projections
-from red.trainer import REDTrainer
+from red.training.trainer import REDTrainer
 
 OUT_OF_MEMORY = "out of memory"
 SPEED, PEER, PEAK, LOW_PEAK = 25_000, 1.7, 48, 40  # tokens a second, times the peer, GiB; of the Llama-3.2-3B shape on one H100
@@ -113,7 +113,7 @@ def run_red(setup: Setup, size: Size, micro_steps: int, watch: Watch) -> float:
 def use_plain_products() -> None:
     """A rung below the split products multiplies in fp32."""
     try:
-        from red import precision
+        from red.training import precision
     except ImportError:
         return
     precision.split_product = lambda a, b: a.float() @ b.float()

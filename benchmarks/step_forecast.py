@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig
 
 from benchmarks.ladder import Setup, Size
-from red import costs
+from red.planning import costs
 
 COPY, PRODUCT = 3.0e12, 798e12  # bytes and bf16 FLOPs a second of an H100: a large copy, read and written, and a large product
 IN_A_MODEL = 0.75  # of PRODUCT: products of a model's shapes

@@ -8,7 +8,7 @@ from benchmarks import ladder, step
 from benchmarks.cases import Case, Rival, faster_than
 from benchmarks.lrc_step import LRCStep
 from benchmarks.roofline import Work
-from red.packing import collate
+from red.data.packing import collate
 
 SIZES = {"gpu": (), "cpu": (("256", 1), ("256", 8), ("1024", 1)), "tiny": (("tiny", 2),)}  # and micro-steps of an optimiser step
 

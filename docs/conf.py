@@ -15,8 +15,8 @@ nitpicky = True
 # Only names of red must be found: the others' inventories would have to be fetched.
 nitpick_ignore_regex = [("py:.*", r"(?!red\b|red_kernels\b).*")]
 # Types of arguments that a caller passes on as they are.
-nitpick_ignore = [("py:class", f"red.{name}") for name in ("projections.Factor", "starts.base.StartMaps", "lori.data.Encoded", "lori.files.Facts", "lori.subspace.GramStream",
-                                                            "lori.subspace.Spectrum", "lori.trajectories.SubspaceSettings", "costs.Sizes", "gpus.GPU", "planning.Placement")]
+nitpick_ignore = [("py:class", f"red.{name}") for name in ("training.projections.Factor", "starts.base.StartMaps", "lori.data.Encoded", "lori.files.Facts", "lori.subspace.GramStream",
+                                                            "lori.subspace.Spectrum", "lori.trajectories.SubspaceSettings", "planning.costs.Sizes", "planning.gpus.GPU", "planning.planner.Placement")]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4

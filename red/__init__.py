@@ -9,12 +9,12 @@ Names are imported when first used, so that `import red` and `red -h` are quick.
 import importlib
 
 _home = {
-    "CanaryCallback": "canary", "Calibration": "calibration", "calibrate": "prepare",
+    "CanaryCallback": "training.canary", "Calibration": "calibration", "calibrate": "prepare",
     "CompressResult": "compression", "compress": "compression",
     "DistillResult": "distillation", "distill": "distillation",
-    "ERankCallback": "callbacks", "Projections": "projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "trainer",
-    "plan": "planning",
-    "build_student": "student", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
+    "ERankCallback": "training.erank_callback", "Projections": "training.projections", "REDConfig": "config", "REDError": "errors", "REDTrainer": "training.trainer",
+    "plan": "planning.planner",
+    "build_student": "student", "export": "sharing.export", "hidden_erank": "erank", "load_teacher": "prepare", "start_projections": "prepare",
     "principal_basis": "rotation", "random_basis": "rotation", "rotate": "rotation",
 }
 __all__ = sorted(_home)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from red import families
 from red.errors import REDError
 from red.files import atomic_write_safetensors
-from red.packing import for_attention
+from red.data.packing import for_attention
 from red_kernels import covariance as second_moment
 from red_kernels import rms_norm_stats
 
@@ -133,7 +133,7 @@ def calibrate_batches(teacher: PreTrainedModel, batches: Iterable[dict[str, Tens
     Args:
         teacher: a causal language model of a supported family (`red.families.SUPPORTED`).
         batches: dicts of `input_ids [B, T]`, and optionally `position_ids [B, T]` (a restart begins a new sequence) and
-            `token_mask [B, T]` (False on padding): what `red.data.collate` returns; and `token_weight [B, T]`, of mean one over the tokens that
+            `token_mask [B, T]` (False on padding): what `red.data.loading.collate` returns; and `token_weight [B, T]`, of mean one over the tokens that
             count: how often each counts in the second moments.
         tap: "residual" or "norm", where RED's score reads the activations.
         covariance: also accumulate the pooled second moment, O(d²) memory; `pca`, `activation_lstsq` and `balanced` need it.

@@ -10,7 +10,7 @@ import click
 
 import red as package
 from red.commands import WIDEST, Command, SettingsCommand, config_of
-from red.doctor import doctor
+from red.doctor.examination import doctor
 from red.errors import REDError, Terminated
 from red.files import HALF_LAYERS, START_FILE, nearest, require_existing
 from red.judge.command import evaluate
@@ -127,7 +127,7 @@ def plan(teacher, hidden_size, paper, output, **given) -> None:
       red plan Llama-3.1-70B --hidden_size 4096 --gpu H200 --gpus 64 --per_device_train_batch_size 1 --checkpointing cheap
       red plan path/to/teacher --hidden_size 1536 --gpu A100 --tokens 2e9 --json plan.json
     """
-    from red.planning import plan as run
+    from red.planning.planner import plan as run
 
     found = run(teacher, hidden_size, **{name: value for name, value in given.items() if value is not None})  # the defaults are run's own
     if output:
@@ -136,7 +136,7 @@ def plan(teacher, hidden_size, paper, output, **given) -> None:
         atomic_write_json(output, found.to_dict())
     print(found)
     if paper:
-        from red.plan_report import aligned, paper_rows
+        from red.planning.report import aligned, paper_rows
 
         print("\nThe paper's runs on 8 H800 (arXiv 2605.29327), and the plan for them", *aligned(paper_rows()), sep="\n")
 
@@ -170,7 +170,7 @@ def distill(ctx, config, resume, eval_file, calibration, dry_run) -> None:
             require_existing(path, what)  # before the teacher is read
     resume = True if resume == "last" else resume or False
     if dry_run:
-        from red.dry_run import dry_run as preview
+        from red.planning.dry_run import dry_run as preview
 
         plan = preview(config, calibration=calibration, resume=resume)
         return print(plan) if config.process_index == 0 else None
@@ -246,7 +246,7 @@ def export(checkpoint, **given) -> None:
 
       red export run/checkpoint-500 --out student --dtype bfloat16
     """
-    from red.checkpoint_export import export as run
+    from red.sharing.checkpoint_export import export as run
 
     print(run(checkpoint, **given))
 

@@ -13,7 +13,7 @@ from red.calibration import Calibration
 from red.config import REDConfig
 from red.distillation import training_source, with_tokenizer
 from red.errors import REDError
-from red.export import ExportReport, export
+from red.sharing.export import ExportReport, export
 from red.files import START_FILE, STARTS, require_empty_output
 from red.prepare import calibration_batches, check_request, ready_calibration, start_projections, training_rows
 from red.report.recording import Record, leftovers

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from red.errors import REDError
-from red.launching import requested_sharding
+from red.training.launching import requested_sharding
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TAP_TARGETS = ("auto", "gather", "projected", "lrc")

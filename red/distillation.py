@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from red.calibration import Calibration
-from red.checkpoint_folders import students_place
+from red.training.checkpoint_folders import students_place
 from red.config import REDConfig
-from red.data import tokenizer_hash
+from red.data.loading import tokenizer_hash
 from red.errors import REDError
 from red.families import teacher_config
 from red.files import STARTS
 from red.prepare import check_shape, load_teacher, require_packing
 from red.report.recording import Record, leftovers
 from red.settings import build_config
-from red.streaming import require_max_steps
-from red.trainer import REDTrainer
+from red.data.streaming import require_max_steps
+from red.training.trainer import REDTrainer
 
 if TYPE_CHECKING:
     from red.lori.distillation import LoRiResult

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from red import families
-from red.data import pad_id
+from red.data.loading import pad_id
 from red.errors import REDError
 from red.evaluate import Item, encode, evaluating, pad
 from red_kernels import erank_estimate
@@ -66,7 +66,7 @@ def hidden_erank(model, tokenizer, texts: Sequence[Item], *, max_tokens: int = 4
 
 
 def stream_eranks(model, batch: dict[str, Tensor], *, max_tokens: int) -> list[float]:
-    """`hidden_erank` of one packed batch (`red.packing`), on the model's device: its first `max_tokens` tokens that are not padding."""
+    """`hidden_erank` of one packed batch (`red.data.packing`), on the model's device: its first `max_tokens` tokens that are not padding."""
     with evaluating(model), _watching(model) as seen:
         model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     keep = batch["token_mask"]

@@ -33,7 +33,7 @@ def report(models: Sequence[str], data: str, *, text_column: str = "text", max_t
 
     Args:
         models: folders or names on the hub; a model's own tokenizer reads the text.
-        data: what `red.data.load_examples` reads.
+        data: what `red.data.loading.load_examples` reads.
         max_tokens: tokens whose states are counted; an eRank grows with them.
         output: JSON to write; plot: SVG to write. Neither may exist.
         quiet: no progress bar.
@@ -67,10 +67,10 @@ def measure(name: str, data: str, *, text_column: str, max_tokens: int, quiet: b
     import torch
     from tqdm.auto import tqdm
 
-    from red.data import check_examples, load_examples
+    from red.data.loading import check_examples, load_examples
     from red.distillation import _tokenizer_beside
     from red.erank import hidden_erank
-    from red.packing import IGNORE
+    from red.data.packing import IGNORE
     from red.prepare import load_teacher
 
     model = load_teacher(name).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from red.data import pad_id
+from red.data.loading import pad_id
 from red.errors import REDError
 
 Item = Any  # a text, a list of ids, or a dict with "input_ids" (and perhaps "labels"), as data sets have them

@@ -9,16 +9,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from red import data, families
+from red import families
+from red.data import loading as data
 from red.calibration import Calibration, calibrate_batches
 from red.config import REDConfig
 from red.errors import REDError
-from red.export import check_width
-from red.projections import Projections
+from red.sharing.export import check_width
+from red.training.projections import Projections
 from red.starting import needs_of, start_maps
-from red.streaming import PackedStream
+from red.data.streaming import PackedStream
 from red.student import build_student
-from red.token_cache import cached
+from red.data.token_cache import cached
 
 CALIBRATION_BATCH = 8
 
@@ -119,14 +120,14 @@ def calibrate(teacher: PreTrainedModel, source, tokenizer: PreTrainedTokenizerBa
     """Channel statistics of a teacher on any text, to save and to start from: `distill(..., calibration=...)`.
 
     Args:
-        source: what `red.data.load_examples` reads; the first `samples` packed rows of `max_length` tokens are used.
+        source: what `red.data.loading.load_examples` reads; the first `samples` packed rows of `max_length` tokens are used.
         tokenizer: the teacher's; may be missing where the examples are tokenised. Its hash is kept and checked when the calibration is used.
         tap: "residual" or "norm", where RED's score reads the activations.
         covariance: also the second moment that `pca`, `activation_lstsq` and `balanced` need, O(d²).
         point_covariance: also that of each read point, which `explained` and `fitted` need, O(L d²).
 
     Raises:
-        REDError: bad input, see `red.data.load_examples` and `red.calibration.calibrate_batches`.
+        REDError: bad input, see `red.data.loading.load_examples` and `red.calibration.calibrate_batches`.
     """
     examples = data.load_examples(source, tokenizer, text_column=text_column, max_length=max_length)
     data.check_examples(examples, tokenizer, teacher.config.vocab_size)

@@ -15,7 +15,7 @@ from red import starts
 from red.calibration import Calibration, calibrate_batches, model_hash
 from red.config import REDConfig
 from red.errors import REDError
-from red.export import check_width
+from red.sharing.export import check_width
 from red.families import teacher_config
 from red.files import require_existing
 from red.fitting import fit_student, forecast

@@ -146,7 +146,7 @@ def tap_squares(teacher, batch: dict[str, Tensor]) -> dict[tuple[int, str], floa
 
 
 def random_batch(rows: int = 3, length: int = 10, vocab: int = 64, seed: int = 0) -> dict[str, Tensor]:
-    """A packed batch as `red.data.collate` makes it, with what can go wrong: two documents in a row, a prompt without labels, padding at the
+    """A packed batch as `red.data.loading.collate` makes it, with what can go wrong: two documents in a row, a prompt without labels, padding at the
     end of some rows, and unequal numbers of labels."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocab, (rows, length), generator=generator)
@@ -160,7 +160,7 @@ def random_batch(rows: int = 3, length: int = 10, vocab: int = 64, seed: int = 0
         padding = row % 3
         if padding:
             ids[row, -padding:], labels[row, -padding:], mask[row, -padding:] = 0, -100, False
-            positions[row, -padding:] = torch.arange(padding)  # as red.packing: a document of its own
+            positions[row, -padding:] = torch.arange(padding)  # as red.data.packing: a document of its own
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "token_mask": mask}
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import masking_utils
 
-from red import attention, checkpointing
+from red.training import attention
+from red.training import activation_checkpointing as checkpointing
 from red.config import REDConfig
-from red.data import collate, pack
+from red.data.loading import collate, pack
 from red.errors import REDError
 
 

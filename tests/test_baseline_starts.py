@@ -9,7 +9,7 @@ from reference_lrc import documents, normalised, random_batch, streams
 from red import starts
 from red.calibration import calibrate_batches as calibrate
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.rotation import rotate
 from red.starts.base import StartContext, selection
 from red.starts.magnitude import weight_share

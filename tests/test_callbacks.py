@@ -9,8 +9,8 @@ import torch
 from tiny_training import make_trainer, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from red import callbacks
-from red.callbacks import ERankCallback, lowest_share
+from red.training import erank_callback as callbacks
+from red.training.erank_callback import ERankCallback, lowest_share
 from red.demo.suite import CORPORA
 from red.erank import hidden_erank, stream_eranks
 from red.errors import REDError
@@ -119,7 +119,7 @@ def test_the_random_start_of_the_embedded_example_is_seen(start, collapses, tmp_
 
 
 def test_packed_rows_give_what_documents_give(tiny_model):
-    from red.data import collate, pack
+    from red.data.loading import collate, pack
 
     model, examples = tiny_model(), tokenised(30)
     rows = pack(examples, 16, pad_token_id=0)

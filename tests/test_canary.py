@@ -12,14 +12,15 @@ from tiny_models import build_tiny_tokenizer
 from tiny_training import RecordingTrainer, make_trainer, settings_of, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
-from red import canary, progress
-from red.canary import CanaryCallback, canary_problems
+from red.training import canary
+from red.training import progress
+from red.training.canary import CanaryCallback, canary_problems
 from red.config import REDConfig
 from red.demo.suite import CORPORA
 from red.errors import REDError
 from red.evaluate import exact_match
 from red.example import teacher_path, tokenized
-from red.progress import RateAndLosses
+from red.training.progress import RateAndLosses
 
 
 @pytest.fixture()

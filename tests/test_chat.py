@@ -6,10 +6,10 @@ import pytest
 from tiny_training import settings_of
 
 from red.config import REDConfig
-from red.data import IGNORE, load_examples
+from red.data.loading import IGNORE, load_examples
 from red.errors import REDError
 from red.prepare import pack_rows
-from red.streaming import PackedStream
+from red.data.streaming import PackedStream
 
 USER, ASSISTANT, END = 10, 11, 12  # w10 w11 w12 stand for the template's markers
 PLAIN = "{% for m in messages %}{{ 'w10 ' if m.role == 'user' else 'w11 ' }}{{ m.content }} w12 {% endfor %}"

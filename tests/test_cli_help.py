@@ -113,7 +113,7 @@ def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch):
     def ends(*_, **__):
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("red.planning.plan", ends)
+    monkeypatch.setattr("red.planning.planner.plan", ends)
     with pytest.raises(EOFError, match="Ran out"):
         main(["plan", "x", "--hidden_size", "8"])
 

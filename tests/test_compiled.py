@@ -7,7 +7,7 @@ import torch
 from tiny_training import make_trainer, masters, settings_of
 from torch._dynamo.backends.debugging import aot_eager
 
-from red import compiled
+from red.training import compiled
 from red.config import REDConfig
 from red.errors import REDError
 

@@ -31,7 +31,7 @@ RECORD = (RUN_FILE, CHANNELS_FILE, PAGE)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """The preflight's fresh process takes seconds, and test_export.py has it; the climb is test_shared_map.py's."""
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     monkeypatch.setattr("red.starts.explained.most_explained", partial(most_explained, iterations=10))
 
 

@@ -1,7 +1,7 @@
 """What RED (arXiv 2605.29327) says about its start and the linear auto-encoder, as contracts on the code that trains.
 
 A writer followed by a reader over identity weights *is* the linear auto-encoder: `x ↦ x Bᵀ ↦ x Bᵀ Aᵀ`, so `Q = Bᵀ [d, d']` and
-`O = Aᵀ [d', d]`. The tests drive it through `red.projections.Factor`, with gradients of the products' results pulled back.
+`O = Aᵀ [d', d]`. The tests drive it through `red.training.projections.Factor`, with gradients of the products' results pulled back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from red import starts
 from red.calibration import calibrate_batches as calibrate
-from red.projections import Factor
+from red.training.projections import Factor
 from red.starts.base import random_orthonormal
 from red_kernels import channel_stats, erank
 

@@ -14,14 +14,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from red import checkpointing, costs, starts
+from red import starts
+from red.training import activation_checkpointing as checkpointing
+from red.planning import costs
 from red.calibration import calibrate_batches
-from red.costs import Sizes
-from red.projections import Projections
-from red.shapes import SHAPES
+from red.planning.costs import Sizes
+from red.training.projections import Projections
+from red.planning.shapes import SHAPES
 from red.starts.base import StartContext
 from red.student import build_student
-from red.taps import Taps
+from red.training.taps import Taps
 from red_kernels.triton import launch
 
 ROWS, LENGTH, NARROW = 2, 128, 128

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from red.data import IGNORE, check_examples, collate, flatten, load_examples, pack, pad_id, save_examples, tokenizer_hash
+from red.data.loading import IGNORE, check_examples, collate, flatten, load_examples, pack, pad_id, save_examples, tokenizer_hash
 from red.errors import REDError
 
 EOS = 2
@@ -131,7 +131,7 @@ def test_missing_and_unknown_paths_are_refused(tmp_path, tiny_tokenizer):
 
 def test_tokenizer_hash_survives_saving_and_another_process(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path)
-    code = f"from transformers import AutoTokenizer; from red.data import tokenizer_hash; print(tokenizer_hash(AutoTokenizer.from_pretrained({str(tmp_path)!r})))"
+    code = f"from transformers import AutoTokenizer; from red.data.loading import tokenizer_hash; print(tokenizer_hash(AutoTokenizer.from_pretrained({str(tmp_path)!r})))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert other.stdout.strip() == tokenizer_hash(tiny_tokenizer)
 
@@ -272,4 +272,4 @@ def test_no_document_sees_another(attention, family, tiny_teacher):
         changed = {**batch, "input_ids": torch.where(batch["token_mask"], batch["input_ids"], 33)}
         torch.testing.assert_close(logits(changed)[batch["token_mask"]], packed[batch["token_mask"]], rtol=0, atol=0)
         leaking = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits
-        assert (leaking - packed).abs().max() > 0.1, "with a cache transformers takes the row for one document: red.packing says so"
+        assert (leaking - packed).abs().max() > 0.1, "with a cache transformers takes the row for one document: red.data.packing says so"

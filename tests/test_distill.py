@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 import red
 from red.config import REDConfig
 from red.errors import REDError
-from red.packing import pack
+from red.data.packing import pack
 
 
 def texts(count: int = 24) -> list[str]:
@@ -50,7 +50,7 @@ def _write(path, content: str):
 def test_end_to_end(teacher_folder, tmp_path, monkeypatch, source):
     """The result is a plain, narrower checkpoint that transformers loads, with the tokenizer and with the student's logits."""
     if source != "text file":  # the fresh process of the preflight takes seconds; once is enough here, test_export.py does the rest
-        monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+        monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     result = red.distill(str(teacher_folder), SOURCES[source](tmp_path), tokenizer=None, **quick(tmp_path / "run"))
     assert result.path == tmp_path / "run" / "student"
     loaded = AutoModelForCausalLM.from_pretrained(result.path)
@@ -63,7 +63,7 @@ def test_end_to_end(teacher_folder, tmp_path, monkeypatch, source):
 
 
 def test_config_object_calibration_file_and_eval_data(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     teacher = tiny_teacher()
     red.calibrate(teacher, texts(), tiny_tokenizer, samples=3, max_length=16).save(tmp_path / "calibration.safetensors")
     result = red.distill(teacher, texts(), tokenizer=tiny_tokenizer, eval_data=texts(5), calibration=tmp_path / "calibration.safetensors",
@@ -75,7 +75,7 @@ def test_config_object_calibration_file_and_eval_data(tiny_teacher, tiny_tokeniz
 
 def test_resume(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):
     """resume=True goes on from the last checkpoint, and not after the end."""
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     settings = quick(tmp_path / "run", save_strategy="steps", save_steps=1)
     first = red.distill(tiny_teacher(), texts(), tokenizer=tiny_tokenizer, **settings)
     with pytest.raises(REDError, match="student.*not empty.*finished"):

@@ -11,10 +11,13 @@ import torch
 from tiny_models import build_tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from red import data, doctor, doctor_checks, losses
+from red.data import loading as data
+from red.doctor import examination as doctor
+from red.doctor import checks as doctor_checks
+from red.training import losses
 from red.cli import main
 from red.config import REDConfig
-from red.costs import Sizes
+from red.planning.costs import Sizes
 from red.demo.suite import CORPORA
 from red.example import teacher_path, tokenized
 

@@ -10,10 +10,10 @@ from test_chat import MARKED, TALK
 from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer
 
-from red import dry_run
+from red.planning import dry_run
 from red.cli import main
 from red.config import REDConfig
-from red.data import IGNORE, load_examples
+from red.data.loading import IGNORE, load_examples
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
                 save_strategy="no", calibration_samples=4)

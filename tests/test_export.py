@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import CharDelimiterSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from red import preflight
+from red.sharing import preflight
 from red.errors import REDError
-from red.export import check_width, export
+from red.sharing.export import check_width, export
 from red.files import (atomic_write_json, atomic_write_safetensors, atomic_write_text, nearest, require_empty_output,
                        require_existing)
 
@@ -70,7 +70,7 @@ def test_engines_that_ignore_head_dim_are_warned_of(tmp_path, tiny_model, recwar
 
 
 def test_what_fails_the_preflight_is_not_left(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("red.export.run_preflight", lambda folder, reference: {"error": "its logits differ by 3"})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda folder, reference: {"error": "its logits differ by 3"})
     with pytest.raises(REDError, match="failed its preflight: its logits differ by 3. Nothing was left"):
         export(tiny_model(hidden_size=WIDTH), tiny_tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

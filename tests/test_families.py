@@ -10,11 +10,13 @@ from reference_lrc import Chained, default_objective, documents, random_batch, t
 from tiny_training import NARROW, make_trainer, masters, shake, tokenised
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from red import export, families, preflight, starts
+from red import families, starts
+from red.sharing import export
+from red.sharing import preflight
 from red.config import REDConfig
 from red.errors import REDError
 from red.prepare import load_teacher, pack_rows, ready_calibration, start_projections
-from red.projections import Projections
+from red.training.projections import Projections
 from red.student import build_student
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -18,10 +18,10 @@ from red.errors import REDError
 from red.fitting import fit_maps
 from red.fitting.fit import Fit, turned
 from red.fitting.layers import Streams, half_layers
-from red.projections import Projections
+from red.training.projections import Projections
 from red.starts.base import StartContext, StartMaps, random_orthonormal, selection, shared
 from red.student import build_student
-from red.taps import Taps
+from red.training.taps import Taps
 
 WIDTH, NARROW = 32, 16
 VARIANTS = {"llama": {}, "llama-biases": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}, "qwen3": {}}

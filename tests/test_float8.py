@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from red import float8
+from red.training import float8
 from red.errors import REDError
 from red.example import documents, teacher_path, tokenized
 

@@ -21,7 +21,8 @@ from tiny_fuzz import JSON, damaged, file, fuzz, only_red_errors, variants
 from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer, settings_of, tokenised
 
-from red import checkpoint_folders, data
+from red.training import checkpoint_folders
+from red.data import loading as data
 from red.calibration import Calibration, calibrate_batches, model_hash
 from red.cli import main
 from red.config import REDConfig
@@ -30,11 +31,11 @@ from red.errors import REDError
 from red.families import teacher_config
 from red.fitting.resume import StartFolder
 from red.judge.problems import load_problems
-from red.licences import terms_of
-from red.packing import collate, pack
+from red.sharing.licences import terms_of
+from red.data.packing import collate, pack
 from red.prepare import load_teacher, start_projections
 from red.settings import build_config, read_yaml
-from red.token_cache import _read as read_cached
+from red.data.token_cache import _read as read_cached
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

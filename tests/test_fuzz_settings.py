@@ -12,9 +12,9 @@ from tiny_fuzz import JSON, damaged, file, fuzz, only_red_errors
 from tiny_models import build_tiny_model
 
 from red.errors import REDError
-from red.launching import Sharding, requested_sharding
-from red.planning import Plan, plan
-from red.streaming import STREAM_FILE, PackedStream, StreamLoading
+from red.training.launching import Sharding, requested_sharding
+from red.planning.planner import Plan, plan
+from red.data.streaming import STREAM_FILE, PackedStream, StreamLoading
 
 CONFIG = {**json.loads(build_tiny_model().config.to_json_string(use_diff=False)), "architectures": ["LlamaForCausalLM"]}
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "head_dim", "vocab_size", "model_type", "tie_word_embeddings",

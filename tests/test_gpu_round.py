@@ -32,7 +32,7 @@ def test_the_profile_is_of_the_row_furthest_from_its_ceiling(tmp_path, monkeypat
 
 def test_a_command_past_its_limit_is_interrupted_and_can_still_write(tmp_path):
     script = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
-    part = gpu_round.run(Command("slow", 5.5, [sys.executable, "-c", script]), time.monotonic() + 60, tmp_path)
+    part = gpu_round.run(Command("slow", 5.5, [sys.executable, "-I", "-S", "-c", script]), time.monotonic() + 60, tmp_path)
     assert part["exit"] is None and 5 < part["seconds"] < 30 and part["log"].read_text() == "written\n"
 
 
@@ -42,7 +42,7 @@ def test_without_time_left_nothing_starts(tmp_path):
 
 
 def test_the_summary_begins_with_what_failed(tmp_path):
-    parts = [gpu_round.run(Command(name, 30, [sys.executable, "-c", script]), time.monotonic() + 60, tmp_path)
+    parts = [gpu_round.run(Command(name, 30, [sys.executable, "-I", "-S", "-c", script]), time.monotonic() + 60, tmp_path)
              for name, script in (("good", "print(1)"), ("bad", "print('FAILED tests/x.py::y - no'); raise SystemExit(2)"))]  # fmt: skip
     goal = {"name": "percent of ceiling", "goal": ">= 90", "value": 80.0, "met": False}
     row = dict(target="K1", op="op", variant="v", shape={"n": 1}, dtype="bfloat16", median_ms=1.0, spread=0.0, how="graph", gbps=5.0, percent_of_ceiling=80.0,

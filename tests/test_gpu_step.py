@@ -7,7 +7,7 @@ import torch
 from tiny_training import REDTrainer, make_trainer
 from transformers import TrainerCallback
 
-from red.precision import product
+from red.training.precision import product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

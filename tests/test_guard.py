@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_training import RecordingTrainer, make_trainer, masters, tokenised
 from transformers import TrainerCallback
 
-from red.checkpoint_folders import last_checkpoint
+from red.training.checkpoint_folders import last_checkpoint
 from red.errors import REDError
 
 MICRO = 2  # micro-batches a step

@@ -39,8 +39,8 @@ def train(folder: Path, callbacks=None, **changes):
     from tiny_models import build_tiny_model
     from tiny_training import make_trainer
 
-    from red.checkpoint_folders import checkpoints
-    from red.trainer import REDTrainer
+    from red.training.checkpoint_folders import checkpoints
+    from red.training.trainer import REDTrainer
 
     settings = {**dict(save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=6, weight_decay=0.01), **changes}
     trainer = make_trainer(build_tiny_model(), folder, trainer_class=REDTrainer, callbacks=callbacks, **settings)
@@ -70,7 +70,7 @@ def ended(child: int) -> int:
 
 
 def last(folder: Path) -> int:
-    from red.checkpoint_folders import last_checkpoint
+    from red.training.checkpoint_folders import last_checkpoint
 
     found = last_checkpoint(folder)  # reads every file and compares it with its hash
     return int(found.name.rpartition("-")[2]) if found else 0
@@ -78,7 +78,9 @@ def last(folder: Path) -> int:
 
 def die_at(where: str, calls: int, when: str) -> None:
     """Patch one function of this (child) process so that its `calls`-th call kills the process."""
-    from red import checkpoint_folders, checkpoints, trainer
+    from red.training import checkpoint_folders
+    from red.training import checkpoints
+    from red.training import trainer
     from red.lori import checkpoints as lori
     from red.lori import files
 

@@ -11,7 +11,7 @@ from tiny_training import settings_of
 
 from red.config import REDConfig
 from red.errors import REDError
-from red.launching import Sharding, requested_sharding, unheard_by_accelerate
+from red.training.launching import Sharding, requested_sharding, unheard_by_accelerate
 
 
 @pytest.fixture()

@@ -13,10 +13,10 @@ from tiny_models import build_tiny_tokenizer
 from tiny_training import make_trainer
 
 import red
-from red import licences
+from red.sharing import licences
 from red.cli import main
-from red.export import export
-from red.licences import Terms, card, carry, front_matter, terms_of
+from red.sharing.export import export
+from red.sharing.licences import Terms, card, carry, front_matter, terms_of
 
 QWEN = "license: other\nlicense_name: qwen-research\nlicense_link: https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE"
 
@@ -46,7 +46,7 @@ def texts(folder) -> dict[str, str]:
 
 def test_compress_and_distill_carry_them(teacher, tmp_path, warnings, monkeypatch):
     # the folder is reloaded in a fresh process, README.md and all, in tests/test_cli.py: three times here would take half a minute
-    monkeypatch.setattr(sys.modules["red.export"], "run_preflight", lambda *_: {"max_abs_logit_difference": 0.0, "generated": []})
+    monkeypatch.setattr(sys.modules["red.sharing.export"], "run_preflight", lambda *_: {"max_abs_logit_difference": 0.0, "generated": []})
     (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{4 + (7 * row + place) % 60}" for place in range(12)) for row in range(30)))
     settings = dict(hidden_size=16, max_length=16, calibration_samples=4, use_cpu=True, report_to="none", disable_tqdm=True, start="activation")
     small = red.compress(teacher, tmp_path / "text.txt", output_dir=str(tmp_path / "small"), **settings)

@@ -11,7 +11,7 @@ from tiny_lori import distil_tiny, logged, table_rows, weights
 from transformers import TrainerCallback
 
 from red.errors import REDError
-from red.licences import front_matter
+from red.sharing.licences import front_matter
 
 
 class Interrupt(TrainerCallback):

@@ -20,7 +20,7 @@ from tiny_models import build_tiny_model
 from transformers import TrainerCallback
 
 import red
-from red.checkpoint_folders import fault, last_checkpoint
+from red.training.checkpoint_folders import fault, last_checkpoint
 from red.errors import REDError, Terminated
 from red.lori import trainer as module
 

@@ -1,4 +1,4 @@
-"""Which tokens count in which term, and what divides: red.losses on hand-made batches, and the weighted sum in the trainer."""
+"""Which tokens count in which term, and what divides: red.training.losses on hand-made batches, and the weighted sum in the trainer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from reference_lrc import random_batch
 from tiny_training import make_trainer, shake
 
-from red import losses
-from red.packing import flatten, for_attention
+from red.training import losses
+from red.data.packing import flatten, for_attention
 
 
 def test_next_labels():
@@ -120,7 +120,7 @@ def test_flattened_rows_give_the_same_loss(tiny_teacher, tmp_path, monkeypatch):
     trainer.student.eval()
     plain = trainer.compute_loss(trainer.student, batch)
     seen = []
-    monkeypatch.setattr("red.trainer.for_attention", lambda inputs, config: seen.append(1) or flatten(inputs))
+    monkeypatch.setattr("red.training.trainer.for_attention", lambda inputs, config: seen.append(1) or flatten(inputs))
     torch.testing.assert_close(trainer.compute_loss(trainer.student, batch), plain, rtol=1e-5, atol=0)
     assert seen
 

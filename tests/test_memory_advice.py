@@ -7,7 +7,7 @@ import torch
 from tiny_training import RecordingTrainer, make_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
-from red import memory_advice
+from red.planning import memory_advice
 from red.files import in_gib
 from red.errors import REDError
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from red import attention
+from red.training import attention
 from red.config import REDConfig
 
 META = torch.device("meta")

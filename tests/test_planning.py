@@ -10,14 +10,14 @@ from tiny_models import build_tiny_model
 from transformers import AutoConfig, LlamaConfig
 
 import red
-from red import costs
+from red.planning import costs
 from red.cli import main
-from red.costs import Sizes
+from red.planning.costs import Sizes
 from red.errors import REDError
-from red.gpus import GPUS, find_gpu
-from red.plan_report import PAPER, paper_rows
-from red.planning import SPARE, config_of
-from red.shapes import SHAPES
+from red.planning.gpus import GPUS, find_gpu
+from red.planning.report import PAPER, paper_rows
+from red.planning.planner import SPARE, config_of
+from red.planning.shapes import SHAPES
 
 GIB = 2**30
 LLAMA = ("Llama-3.2-3B", 1536)

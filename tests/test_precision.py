@@ -10,7 +10,7 @@ from torch import Tensor
 
 from red.config import REDConfig
 from red.errors import REDError
-from red.precision import product, split_product
+from red.training.precision import product, split_product
 
 
 def error(found: Tensor, a: Tensor, b: Tensor) -> float:
@@ -52,7 +52,7 @@ def test_steps_through_split_products(tiny_teacher, tmp_path, monkeypatch):
         calls.append({a.dtype, b.dtype})
         return split_product(a, b)
 
-    monkeypatch.setattr("red.projections.product", split)
+    monkeypatch.setattr("red.training.projections.product", split)
     for name, value in one_step(teacher, tmp_path / "split", start="random", adam_epsilon=1e-3).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5, msg=name)
     assert len(calls) == 16 * 5 and all(found == {torch.bfloat16, torch.float32} for found in calls)  # the start, and 2 steps there and back

@@ -12,7 +12,7 @@ from tiny_training import NARROW, VARIANTS, make_trainer, masters, shake
 
 from red import starts
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.student import build_student
 
 # name: settings of the trainer, and the reference's objective for it

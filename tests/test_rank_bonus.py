@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_training import make_trainer, masters, tokenised
 
-from red.data import collate
+from red.data.loading import collate
 from red.erank import stream_eranks
 from red.errors import REDError
-from red.rank_bonus import RankBonus
+from red.training.rank_bonus import RankBonus
 
 
 def ranks(trainer) -> torch.Tensor:
@@ -18,7 +18,7 @@ def ranks(trainer) -> torch.Tensor:
 
 
 def test_the_term(tiny_model):
-    from red.data import pack
+    from red.data.loading import pack
 
     model = tiny_model()
     rows = pack(tokenised(12), 16, pad_token_id=0)

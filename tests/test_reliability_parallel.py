@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import RecordingTrainer, fork_two_processes, make_trainer, masters, tokenised
 from transformers import TrainerCallback
 
-from red.checkpoint_folders import MANIFEST, fault
+from red.training.checkpoint_folders import MANIFEST, fault
 from red.errors import REDError, Terminated
 
 SETTINGS = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)

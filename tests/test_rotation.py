@@ -13,7 +13,7 @@ import red
 from red import starts
 from red.calibration import calibrate_batches as calibrate
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.rotation import principal_basis, random_basis, rotate
 from red.starts.base import StartContext, selection, selection_scales
 from red.student import build_student

@@ -16,12 +16,13 @@ from tiny_training import NARROW, make_trainer, settings_of, tokenised
 from transformers import TrainerCallback
 
 import red
-from red import costs, memory_advice
+from red.planning import costs
+from red.planning import memory_advice
 from red.config import REDConfig
 from red.erank import stream_eranks
 from red.errors import REDError
-from red.packing import collate
-from red.planning import plan
+from red.data.packing import collate
+from red.planning.planner import plan
 from red.report import measuring, recording
 from red.report.drawing import plt
 from red.report.report import render, write_page
@@ -57,7 +58,7 @@ def folders(tmp_path_factory):
     settings = settings_of(place / "run", max_steps=STEPS, save_strategy="steps", save_steps=4, logging_steps=1)
     rows = tokenised(40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("red.export.run_preflight", lambda *_: {})
+        patch.setattr("red.sharing.export.run_preflight", lambda *_: {})
         teacher.name_or_path = str(place / "the teacher")
         with pytest.raises(KeyboardInterrupt):
             red.distill(teacher, rows, tokenizer=tokenizer, callbacks=[Kill()], **settings)
@@ -143,7 +144,7 @@ def test_page_and_card_lie_in_the_folder(folders):
 
 
 def test_compress_and_a_start_that_mixes_channels(tmp_path, monkeypatch, tiny_teacher, tiny_tokenizer):
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     settings = settings_of(tmp_path / "small", start="pca")
     small = red.compress(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, **settings)
     run = Run.load(tmp_path / "small")
@@ -172,7 +173,7 @@ def test_latent_reasoning(tmp_path, tiny_teacher):
 )
 def test_nothing_that_fails_costs_the_run(where, tmp_path, monkeypatch, tiny_teacher, tiny_tokenizer):
     said = []
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     monkeypatch.setattr(recording.logger, "warning", said.append)
 
     def broken(*args, **kwargs):
@@ -185,7 +186,7 @@ def test_nothing_that_fails_costs_the_run(where, tmp_path, monkeypatch, tiny_tea
 
 
 def test_a_run_without_a_checkpoint_may_begin_again_and_a_strangers_file_is_kept(tmp_path, monkeypatch, tiny_teacher, tiny_tokenizer):
-    monkeypatch.setattr("red.export.run_preflight", lambda *_: {})
+    monkeypatch.setattr("red.sharing.export.run_preflight", lambda *_: {})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"mine": 1}')
     settings = settings_of(tmp_path / "run", max_steps=1)

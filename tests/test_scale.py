@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scale
-from red.planning import config_of
-from red.costs import Sizes, memory, start_bytes, tap_bytes
+from red.planning.planner import config_of
+from red.planning.costs import Sizes, memory, start_bytes, tap_bytes
 
 
 def test_the_page_is_up_to_date():

@@ -12,7 +12,7 @@ from reference_lrc import random_batch
 from red import starts
 from red.calibration import calibrate_batches
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.starts import base
 from red.starts.base import StartContext, selection
 from red.student import build_student

@@ -17,7 +17,7 @@ from red.calibration import calibrate_batches as calibrate
 from red.config import REDConfig
 from red.fitting.shared_map import most_explained
 from red.prepare import start_projections
-from red.projections import Projections
+from red.training.projections import Projections
 from red.starts.base import StartContext
 from red.student import build_student
 

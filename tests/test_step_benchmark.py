@@ -14,7 +14,7 @@ import torch
 from benchmarks import ladder, step, step_documents, watch
 from benchmarks.lrc_step import LRCStep
 from benchmarks.step_forecast import forecast, peer_flops
-from red import costs
+from red.planning import costs
 from red.config import REDConfig
 
 

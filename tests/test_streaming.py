@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from red.data import load_examples, pack, save_examples
+from red.data.loading import load_examples, pack, save_examples
 from red.errors import REDError
-from red.stream_sources import FileSource
-from red.streaming import PackedStream
+from red.data.sources import FileSource
+from red.data.streaming import PackedStream
 
 LENGTH = 16
 
@@ -157,7 +157,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, tiny_tokenizer, name):
 def test_a_stream_goes_on_at_another_number_of_ranks(tmp_path, tiny_tokenizer, monkeypatch, name, apart, worlds):
     """Whatever each had read: at the end every document has been read, and none twice. With ranks far apart, and little read between two changes, a state has to remember several."""
     if apart:  # some forty blocks
-        monkeypatch.setattr("red.stream_sources.SMALLEST", 512)
+        monkeypatch.setattr("red.data.sources.SMALLEST", 512)
     texts = words(450, longest=10)
     source = sources(tmp_path, texts)[name]
     whole, state, seen, remembered = documents(stream_of(source, tiny_tokenizer).first(10**6)), None, [], 0

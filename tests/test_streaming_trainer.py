@@ -11,11 +11,11 @@ from reference_lrc import documents
 from tiny_training import fork_two_processes, make_trainer, masters
 from transformers import TrainerCallback
 
-from red.checkpoint_folders import MANIFEST
+from red.training.checkpoint_folders import MANIFEST
 from red.errors import REDError
 from red.prepare import calibration_batches
-from red.stream_sources import FileSource
-from red.streaming import STREAM_FILE, PackedStream
+from red.data.sources import FileSource
+from red.data.streaming import STREAM_FILE, PackedStream
 
 SETTINGS = dict(max_steps=6, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, streaming=True)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from red import families, starts
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.student import build_student, student_config
 
 

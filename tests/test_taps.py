@@ -13,9 +13,9 @@ from tiny_training import NARROW, VARIANTS, make_trainer, masters, shake
 from red import starts
 from red.config import REDConfig
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.student import build_student
-from red.taps import Taps
+from red.training.taps import Taps
 
 TARGETS = {"gather": ("activation-like", "gather"), "projected": ("random", "projected"), "lrc": ("random", "lrc"),
            "auto of a selection": ("activation-like", "auto"), "auto of a dense start": ("random", "auto")}

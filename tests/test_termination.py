@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 import red
 from red import cli
-from red.checkpoint_folders import fault, last_checkpoint
+from red.training.checkpoint_folders import fault, last_checkpoint
 from red.errors import Terminated
 
 

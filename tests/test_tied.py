@@ -70,7 +70,7 @@ def test_a_head_that_the_embedding_can_be_is_found_exactly(problem):
 
 def test_turning_the_student_changes_no_function(tiny_teacher):
     """A student with constant gains, turned: the same logits."""
-    from red.projections import Projections
+    from red.training.projections import Projections
     from red.starts import StartContext, StartMaps, get
     from red.student import build_student
 

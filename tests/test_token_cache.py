@@ -11,16 +11,16 @@ import pytest
 import torch
 from tiny_training import make_trainer, settings_of
 
-from red import token_cache
+from red.data import token_cache
 from red.config import REDConfig
-from red.data import load_examples, pack
+from red.data.loading import load_examples, pack
 from red.prepare import pack_rows
 
 
 @pytest.fixture()
 def tokenised(monkeypatch):
     """Keep texts of any size; and a list that grows by one for every text that is tokenised."""
-    from red import data
+    from red.data import loading as data
 
     calls, real = [], data.load_examples
     monkeypatch.setattr(token_cache, "SMALLEST", 0)

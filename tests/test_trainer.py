@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from red.config import REDConfig
 from red.errors import REDError
-from red.trainer import REDTrainer
+from red.training.trainer import REDTrainer
 
 
 def trained(*args, **kwargs):

@@ -12,10 +12,10 @@ from tiny_training import VARIANTS, make_trainer, masters, tokenised
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from red import starts
-from red.checkpoint_folders import MANIFEST
-from red.checkpoints import PROJECTIONS_FILE
+from red.training.checkpoint_folders import MANIFEST
+from red.training.checkpoints import PROJECTIONS_FILE
 from red.errors import REDError
-from red.projections import Projections
+from red.training.projections import Projections
 from red.student import build_student
 
 

@@ -51,7 +51,7 @@ def follow(short: bool) -> list[str]:
 
 def test_the_tutorial_works(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert follow(short=True) == ["doctor", "plan", "distill", "eval", "erank", "export"]
+    assert follow(short=True) == ["doctor", "plan", "distill", "distill", "eval", "erank", "export"]
     said = capfd.readouterr().out
     assert "none red" in said and "canary/share" in said and "erank/share" in said and "KL(teacher‖student)" in said and "layer 4" in said
     assert "reloaded: largest difference of logits" in said and "? k :" in said, "the student answers in transformers' pipeline"

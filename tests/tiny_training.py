@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from red.config import REDConfig
-from red.trainer import REDTrainer
+from red.training.trainer import REDTrainer
 
 NARROW = 16
 VARIANTS = {

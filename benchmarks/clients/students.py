@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import red
 from red.example import documents, problems, teacher_path
-from red.export import export
+from red import export
 
 NEW = 40  # tokens that are generated: an 8-step answer has 38
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from red.projections import Factor
-from red.trainer import REDTrainer
+from red.training.projections import Factor
+from red.training.trainer import REDTrainer
 from red_kernels import selection_low_rank
 
 RIDGE = 1e-3  # of the mean eigenvalue, where something is divided by a root

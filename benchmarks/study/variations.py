@@ -19,7 +19,7 @@ from red.fitting.layers import HalfLayer, normalised, run_block, writer_input
 from red.fitting.least_squares import LeastSquares
 from red.fitting.massive import MOST, massive_directions
 from red.fitting.shared_map import ITERATIONS, LEARNING_RATE, balanced, explained_shares, gauge, reader_gramians
-from red.packing import for_attention
+from red.data.packing import for_attention
 from red.prepare import start_projections
 from red.starts.base import StartContext, shared
 

@@ -19,7 +19,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 import red
-from red import data, starts
+from red import starts
+from red.data import loading as data
 from red.demo.suite import CORPORA, Suite
 from red.errors import REDError
 from red.example import tokenized

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from red.data import pad_id
+from red.data.loading import pad_id
 from red.erank import hidden_erank
 from red.errors import REDError
 from red.evaluate import encode, evaluating, exact_match, forced_exact_match, generate_answers, pad, text_quality

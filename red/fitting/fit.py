@@ -48,7 +48,7 @@ def fit_student(teacher: PreTrainedModel, maps: dict[str, Tensor], batches: Iter
         teacher: in eval mode; its weights are only read.
         maps: a start's maps by the student parameter's name, see `red.starts.StartMaps`; its writing side is where the fit begins. The
             embedding's map `Q [d, d']` is the target that every writer repairs towards: `x_teacher Q`.
-        batches: calibration text, dicts as `red.data.collate` returns them, perhaps with `token_weight [B, T]`: how often a token counts in every sum.
+        batches: calibration text, dicts as `red.data.loading.collate` returns them, perhaps with `token_weight [B, T]`: how often a token counts in every sum.
         writers: False leaves the writing side as it is, so a selection of channels stays one.
         reader_ridge, writer_ridge: relative to the mean square of what is multiplied.
         kept: where finished half layers are kept, and not fitted again; None keeps nothing.

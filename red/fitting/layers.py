@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from red import families
-from red.packing import for_attention
+from red.data.packing import for_attention
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from red.data import check_examples, pad_id
+from red.data.loading import check_examples, pad_id
 from red.errors import REDError
 from red.evaluate import encode, evaluating, pad
 from red.judge.statistics import ratio_error
@@ -23,7 +23,7 @@ def kl_to_teacher(teacher, student, examples: Sequence[dict], *, batch_size: int
 
     Args:
         teacher, student: causal language models of one vocabulary, each on its device.
-        examples: what `red.data.load_examples` returned; tokens labelled -100 do not count, nor does the first of an example. Examples with
+        examples: what `red.data.loading.load_examples` returned; tokens labelled -100 do not count, nor does the first of an example. Examples with
             the same "number" are pieces of one document.
         batch_size: examples that are read together.
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import red
-from red.data import check_examples, load_examples, tokenizer_hash
+from red.data.loading import check_examples, load_examples, tokenizer_hash
 from red.distillation import _tokenizer_beside
 from red.errors import REDError
 from red.files import require_existing
@@ -32,7 +32,7 @@ def judge(student: str | Path, teacher: str | Path, *, tasks: Sequence[str] | No
         student, teacher: folders or names on the hub of causal language models, each with its tokenizer; no remote code is run.
         tasks: names of red's own tasks (`red.judge.harness.LOCAL`) or of lm-evaluation-harness's, and .jsonl files of problems (`load_problems`).
             None: red's own, where the harness is installed. Empty: none.
-        data: held-out text for the divergence, as `red.data.load_examples` reads it; both models must share the tokenizer. None: no divergence.
+        data: held-out text for the divergence, as `red.data.loading.load_examples` reads it; both models must share the tokenizer. None: no divergence.
         max_length: documents longer than this are read in pieces of so many tokens, or of what the models read at most.
         limit: the first so many problems of each task, and documents of `data`.
         num_fewshot, chat: see `red.judge.harness.Harness`.

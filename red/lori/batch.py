@@ -9,7 +9,7 @@ from torch import Tensor
 
 from red.errors import REDError
 from red.lori.data import TARGETS, Encoded
-from red.packing import IGNORE
+from red.data.packing import IGNORE
 
 
 def prompt_and_target(row: Encoded, target: str, bot: int | None = None, eot: int | None = None, *,

@@ -1,4 +1,4 @@
-"""A LoRiTrainer's checkpoints: `red.reliability` makes them whole, here is what they hold: every trained tensor, and what run it is of.
+"""A LoRiTrainer's checkpoints: `red.training.reliability` makes them whole, here is what they hold: every trained tensor, and what run it is of.
 
 A run is known by the settings that decide its objective, the hash of its training rows and the key of its trajectories: resuming with others would go on with another
 training, so it is refused.
@@ -17,7 +17,7 @@ from torch import Tensor
 from red.errors import REDError
 from red.files import atomic_write_safetensors
 from red.lori.config import LoRiConfig
-from red.reliability import ADAM_MOMENTS, Reliable
+from red.training.reliability import ADAM_MOMENTS, Reliable
 
 STATE = "lori_state.safetensors"  # of a checkpoint: every trained tensor, and the run in its metadata
 SETTINGS = ("target", "latent_steps", "projection", "projection_dropout", "curriculum", "rationale_weight", "second_order_weight", "centred", "anchor_weight",

@@ -15,8 +15,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from red.checkpoint_folders import last_checkpoint, students_place
-from red.data import pad_id
+from red.training.checkpoint_folders import last_checkpoint, students_place
+from red.data.loading import pad_id
 from red.errors import REDError
 from red.lori.adapters import with_adapters
 from red.lori.checkpoints import ROWS, require_same_run, settings_of
@@ -59,7 +59,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
             another teacher are refused.
 
     Raises:
-        REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `red.reliability.Reliable.train`.
+        REDError: bad input, before any training and before anything is written; or a training that cannot go on, see `red.training.reliability.Reliable.train`.
         Terminated: SIGTERM during the training; the checkpoint is saved and nothing exported. It is a SystemExit with code 143.
 
     Example:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from red.distillation import _tokenizer_beside
-from red.dry_run import printable, steps_of
+from red.planning.dry_run import printable, steps_of
 from red.errors import REDError
 from red.files import require_empty_output
 from red.lori.config import PRESETS, LoRiConfig

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from red.data import pad_id
+from red.data.loading import pad_id
 from red.lori.batch import padded, prompt_and_target
 from red.lori.data import Row, encode_rows, same_answer
 from red.lori.files import Facts

@@ -22,7 +22,7 @@ from transformers import (
 
 from red.errors import REDError
 from red.files import atomic_write_json, atomic_write_safetensors, require_existing
-from red.licences import carry, terms_of
+from red.sharing.licences import carry, terms_of
 from red.lori.data import BOT, EOT, TARGETS
 from red.lori.model import LatentModel
 
@@ -47,7 +47,7 @@ def save(folder: str | Path, model: LatentModel, tokenizer: PreTrainedTokenizerB
 
     Args:
         plain: the model to write instead of `model.model`, such as one with its adapters merged.
-        teacher: its folder or name on the hub: licence and notices are copied from there, and README.md names it (`red.licences`). None: neither.
+        teacher: its folder or name on the hub: licence and notices are copied from there, and README.md names it (`red.sharing.licences`). None: neither.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from red.lori.config import LoRiConfig
 from red.lori.data import Encoded, rows_hash
 from red.lori.model import LatentModel
 from red.lori.trajectories import Trajectories
-from red.packing import IGNORE
+from red.data.packing import IGNORE
 
 PARTS = ("task", "rationale", "anchor", "cot")
 
@@ -71,7 +71,7 @@ class LoRiTrainer(LoRiCheckpoints, Trainer):
 
     The other arguments are those of transformers' Trainer.
 
-    `train` resumes, stops at SIGTERM and skips steps that are not finite as `red.reliability.Reliable.train` says.
+    `train` resumes, stops at SIGTERM and skips steps that are not finite as `red.training.reliability.Reliable.train` says.
 
     Raises:
         REDError: trajectories that are missing or not of these rows.

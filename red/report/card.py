@@ -1,4 +1,4 @@
-"""The student's model card: README.md as the Hugging Face hub reads it, from the facts of its run and its teacher's terms (`red.licences`)."""
+"""The student's model card: README.md as the Hugging Face hub reads it, from the facts of its run and its teacher's terms (`red.sharing.licences`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from red.errors import REDError
 from red.files import PAGE, atomic_write_text
-from red.licences import REPOSITORY, card, terms_of
+from red.sharing.licences import REPOSITORY, card, terms_of
 from red.report import words
 from red.report.run import Run, finite_number
 from red.report.units import count

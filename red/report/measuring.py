@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from red import costs
-from red.callbacks import first_rows
-from red.data import PackedDataset, for_attention
+from red.planning import costs
+from red.training.erank_callback import first_rows
+from red.data.loading import PackedDataset, for_attention
 from red.erank import stream_eranks
 from red.fitting.forecast import measured_rate
-from red.gpus import GPUS
-from red.licences import name_of
-from red.memory_advice import parts
-from red.planning import UTILISATION, plan
+from red.planning.gpus import GPUS
+from red.sharing.licences import name_of
+from red.planning.memory_advice import parts
+from red.planning.planner import UTILISATION, plan
 from red.starting import from_file, start_cost
-from red.streaming import PackedStream
+from red.data.streaming import PackedStream
 
 ERANK_TOKENS = 1024  # whose states are counted
 STREAMED = 64  # rows of a stream that are looked at for that

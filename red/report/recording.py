@@ -210,10 +210,10 @@ class Record:
 
     @quietly
     def _card(self, student: Path) -> None:
-        from red.licences import carry, terms_of
+        from red.sharing.licences import carry, terms_of
         from red.report.card import write_card
 
-        if self.named and not (student / "README.md").exists():  # red.export does it for students that it writes
+        if self.named and not (student / "README.md").exists():  # red.sharing.export does it for students that it writes
             carry(terms_of(self.named), student, hidden_size=self.facts["student"]["hidden_size"])
         write_card(self.folder, student)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from red.checkpoint_folders import checkpoints
+from red.training.checkpoint_folders import checkpoints
 from red.errors import REDError
 from red.files import CHANNELS_FILE, RUN_FILE, START_FILE, require_existing
 

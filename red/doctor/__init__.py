@@ -1,0 +1,1 @@
+"""`red doctor`: is all well before hours are spent?"""

@@ -1,0 +1,1 @@
+"""What a distillation will need, from shapes alone: parameters, memory, FLOPs, time."""
