@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the parts of this script, and the `red` beside it
 
-from red.demo import record
+from red.report import provenance
 from red.files import atomic_write_text
 
 from benchmarks.documents import between_markers
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
             failures |= execute(tasks, lines, jobs=args.jobs)
     found = put_together(refitted, retrained, [(find[name], width) for name, width in PLACES])
     texts = push_tables.texts(found)
-    write_result(folder / "push.json", {**found, "versions": record.versions(), "commit": sorted(lines.commits), "device": record.device("cpu")})
+    write_result(folder / "push.json", {**found, "versions": provenance.versions(), "commit": sorted(lines.commits), "device": provenance.device("cpu")})
     if args.out is None:
         page = ROOT / "docs/starts.md"
         atomic_write_text(page, between_markers(page.read_text(), texts))
