@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_chat import MARKED, TALK
@@ -14,6 +15,7 @@ from red.planning import dry_run
 from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
+from red.training.checkpoint_folders import seal
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
                 save_strategy="no", calibration_samples=4)
@@ -35,6 +37,11 @@ def folder(tmp_path):
     (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": [*TALK, {"role": "assistant", "content": f"w{40 + row}"}]}) for row in range(20)))
     (tmp_path / "text.txt").write_text("\n".join(map(document, range(60))))
     return tmp_path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def told(folder, capsys, **settings) -> str:
@@ -122,6 +129,10 @@ def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys):
     assert f"start     {folder}/start.safetensors, start_fit=none" in dry_run.dry_run(config)
     (folder / "run" / "checkpoint-3").mkdir(parents=True)
     assert f"goes on from {folder}/run/checkpoint-3" in dry_run.dry_run(config, resume=folder / "run" / "checkpoint-3")
+    for step, save in ((9, 1), (4, 2)):  # the run went back: 4 was saved last; and 11 was cut short
+        seal(_made(folder / "run" / f"checkpoint-{step}"), step=step, save=save)
+    _made(folder / "run" / "checkpoint-11")
+    assert f"goes on from {folder}/run/checkpoint-4\n" in dry_run.dry_run(config, resume=True)
 
 
 @pytest.mark.parametrize("settings, message", [
