@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from test_chat import MARKED, TALK
 from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer
@@ -15,6 +17,7 @@ from red.planning import dry_run
 from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
+from red.lori.checkpoints import STATE
 from red.training.checkpoint_folders import seal
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
@@ -185,4 +188,18 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
         assert main([str(word) for word in [*given, *more]]) == 2
         assert message in capsys.readouterr().err
-    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 0
+    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 2
+    assert "has no checkpoint-N folder to resume from" in capsys.readouterr().err  # as the run says
+    begun = _made(tmp_path / "begun")  # ended before its first checkpoint: the run takes such a folder
+    (begun / "run.json").write_text('{"format": 1}')
+    _made(begun / "_saving")
+    assert main([str(word) for word in [*given, "--output_dir", begun]]) == 0
+    _made(begun / "checkpoint-2")
+    save_file({"a": torch.zeros(1)}, begun / "checkpoint-2" / STATE, metadata={"run": json.dumps({"target": "other"})})
+    seal(begun / "checkpoint-2", step=2, save=1)
+    assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 2
+    assert "was made with target='other'" in capsys.readouterr().err
+    save_file({"a": torch.zeros(1)}, _made(begun / "checkpoint-4") / STATE, metadata={"run": "{}"})
+    seal(begun / "checkpoint-4", step=4, save=2)
+    assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 0
+    assert f"goes on from {begun / 'checkpoint-4'}\n" in capsys.readouterr().out
