@@ -81,7 +81,7 @@ def start_maps(teacher: PreTrainedModel, config: REDConfig, calibration: Calibra
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         tqdm.write(f"start={config.start}, start_fit={fit}: {start_cost(config, teacher.config, tokens, teacher.dtype.itemsize)}")
     moments = {name: True for name in ("covariance", "point_covariance") if name in start.needs}
-    weights, text = DocumentWeights(), batches
+    weights, text, maps = DocumentWeights(), batches, {}
     for sweep in range(config.fit_sweeps):
         with tqdm(desc="shared map", total=ITERATIONS, disable=quiet, leave=False) as bar:
             context = _context(teacher, config, calibration, batches)

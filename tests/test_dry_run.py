@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from test_chat import MARKED, TALK
 from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer
@@ -14,6 +17,8 @@ from red.planning import dry_run
 from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
+from red.lori.checkpoints import STATE
+from red.training.checkpoint_folders import seal
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
                 save_strategy="no", calibration_samples=4)
@@ -35,6 +40,11 @@ def folder(tmp_path):
     (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": [*TALK, {"role": "assistant", "content": f"w{40 + row}"}]}) for row in range(20)))
     (tmp_path / "text.txt").write_text("\n".join(map(document, range(60))))
     return tmp_path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def told(folder, capsys, **settings) -> str:
@@ -122,6 +132,10 @@ def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys):
     assert f"start     {folder}/start.safetensors, start_fit=none" in dry_run.dry_run(config)
     (folder / "run" / "checkpoint-3").mkdir(parents=True)
     assert f"goes on from {folder}/run/checkpoint-3" in dry_run.dry_run(config, resume=folder / "run" / "checkpoint-3")
+    for step, save in ((9, 1), (4, 2)):  # the run went back: 4 was saved last; and 11 was cut short
+        seal(_made(folder / "run" / f"checkpoint-{step}"), step=step, save=save)
+    _made(folder / "run" / "checkpoint-11")
+    assert f"goes on from {folder}/run/checkpoint-4\n" in dry_run.dry_run(config, resume=True)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -174,4 +188,18 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
         assert main([str(word) for word in [*given, *more]]) == 2
         assert message in capsys.readouterr().err
-    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 0
+    assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 2
+    assert "has no checkpoint-N folder to resume from" in capsys.readouterr().err  # as the run says
+    begun = _made(tmp_path / "begun")  # ended before its first checkpoint: the run takes such a folder
+    (begun / "run.json").write_text('{"format": 1}')
+    _made(begun / "_saving")
+    assert main([str(word) for word in [*given, "--output_dir", begun]]) == 0
+    _made(begun / "checkpoint-2")
+    save_file({"a": torch.zeros(1)}, begun / "checkpoint-2" / STATE, metadata={"run": json.dumps({"target": "other"})})
+    seal(begun / "checkpoint-2", step=2, save=1)
+    assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 2
+    assert "was made with target='other'" in capsys.readouterr().err
+    save_file({"a": torch.zeros(1)}, _made(begun / "checkpoint-4") / STATE, metadata={"run": "{}"})
+    seal(begun / "checkpoint-4", step=4, save=2)
+    assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 0
+    assert f"goes on from {begun / 'checkpoint-4'}\n" in capsys.readouterr().out

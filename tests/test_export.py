@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import CharDelimiterSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import red
 from red.sharing import preflight
 from red.errors import REDError
 from red.sharing.export import check_width, export
@@ -56,6 +59,20 @@ def test_preflight_in_a_fresh_process(family, tied, dtype, as_llama, tmp_path, t
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     tolerance = 0.05 if dtype else 1e-5
     torch.testing.assert_close(logits_of(loaded), logits_of(student), rtol=tolerance, atol=tolerance * logits_of(student).abs().max().item())
+
+
+def test_the_fresh_process_finds_this_red_and_no_other(tmp_path, monkeypatch):
+    """Also where `red` is on this process' path alone; and none of its own files stands before a package of that name, such as `evaluate`."""
+    seen: list[list[str]] = []
+
+    def run(command, env, **_):
+        seen.append(env["PYTHONPATH"].split(os.pathsep))
+        return types.SimpleNamespace(stdout='{"error": "seen"}', stderr="", returncode=0)
+
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setattr(preflight.subprocess, "run", run)
+    assert preflight.run_preflight(tmp_path, tmp_path) == {"error": "seen"}
+    assert seen == [[str(Path(red.__file__).resolve().parents[1]), "/elsewhere"]]
 
 
 def test_engines_that_ignore_head_dim_are_warned_of(tmp_path, tiny_model, recwarn):

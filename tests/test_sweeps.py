@@ -35,10 +35,10 @@ def config_of(folder, **changes) -> REDConfig:
     return REDConfig(**settings_of(folder, **{"start": "balanced", "start_fit": "full", **changes}))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_weights_are_the_documents_divergence_over_the_sweeps(tiny_teacher, family):
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen3", False), ("qwen2", True)])
+def test_weights_are_the_documents_divergence_over_the_sweeps(tiny_teacher, family, tied):
     """Against the whole models, run on every document alone."""
-    teacher, batches, weights, logs = tiny_teacher(family), text(2), DocumentWeights(), []
+    teacher, batches, weights, logs = tiny_teacher(family, tied=tied), text(2), DocumentWeights(), []
     for name in ("pca", "orthogonal_shared"):
         fit = fit_student(teacher, start_of(teacher, name).maps, batches)
         found = weights.update(fit)

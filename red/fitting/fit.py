@@ -192,6 +192,8 @@ class Fit:
         if self.writer_ridge is None:
             return {"model.norm.weight": tied_gain(embedding, self.down, estimate.T, second)}, report
         rotation, gain = tied_basis(embedding, self.down, estimate.T, second)
+        for place, _, student in self.streams:  # what is measured on the finished student reads them
+            self.streams.student[place] = (student @ rotation.to(student)).cpu()
         return {**turned(self.maps, rotation), "model.norm.weight": gain}, report
 
 

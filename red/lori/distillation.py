@@ -20,6 +20,7 @@ from red.data.loading import pad_id
 from red.errors import REDError
 from red.lori.adapters import with_adapters
 from red.lori.checkpoints import ROWS, require_same_run, settings_of
+from red.lori.checkpoints import TRAJECTORIES as COLLECTED
 from red.lori.config import LoRiConfig
 from red.lori.data import encode_rows, load_rows, rows_hash
 from red.lori.model import LatentModel, add_special_tokens, special_ids
@@ -76,9 +77,9 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
     path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
-    if resume:  # before the teacher is read
-        resume = resume if resume is not True else last_checkpoint(config.output_dir)
-        require_same_run(resume, settings_of(config))
+    checkpoint = (last_checkpoint(config.output_dir) if resume is True else resume) or None
+    if checkpoint:  # before the teacher is read
+        require_same_run(checkpoint, settings_of(config))
     columns = {name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")}
     rows = load_rows(source, **columns)
     held_out = None if eval_data is None else load_rows(eval_data, **columns)
@@ -88,11 +89,11 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
-    if resume:  # before its trajectories are overwritten
-        require_same_run(resume, {ROWS: rows_hash(encoded)})
+    if checkpoint:
+        require_same_run(checkpoint, {ROWS: rows_hash(encoded)})
     trajectories = None
     if config.needs_trajectories:
-        trajectories = _collect(teacher, encoded, config, tokenizer)
+        trajectories = _collect(teacher, encoded, config, tokenizer, checkpoint)
     set_seed(config.seed)  # the projection and the new tokens are drawn
     name = teacher.name_or_path
     plain = _student(student if student is not None else config.model_name_or_path, teacher, config)
@@ -106,7 +107,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     trainer = LoRiTrainer(model, config, encoded, None if held_out is None else encode_rows(held_out, tokenizer, **encoding), processing_class=tokenizer,
                           trajectories=trajectories, pad=pad_id(tokenizer), bot=bot, eot=eot, callbacks=callbacks)
     record.latent(trainer, source)
-    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+    metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if held_out is not None:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -157,21 +158,25 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
                                "Give rows with steps, or use preset=no_cot or coconut.")
 
 
-def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer):
+def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer, checkpoint: str | Path | None = None):
     """The trajectories, computed by the first process, while the others wait, and read by all.
 
     Raises:
-        REDError: another process does not find them: the first one failed, or has a disk of its own.
+        REDError: the checkpoint to resume from was aligned with others, and those are left alone; or another process does not find them: the first one failed, or has a disk
+            of its own.
     """
     layers = config.layers_of("rationale_layers", teacher.config.num_hidden_layers + 1)
     settings = SubspaceSettings(config.energy, config.rank_layers, config.rank_channels, config.normalize_layers, tuple(layers))
     folder = Path(config.trajectories_dir or Path(config.output_dir) / TRAJECTORIES)
     bot, eot = special_ids(tokenizer)  # of a teacher that knows them: its chain of thought stands between them
+    key = cache_key(teacher, encoded, settings, (bot, eot))
+    if checkpoint:  # before another teacher's take the place of the run's own
+        require_same_run(checkpoint, {COLLECTED: key})
     with config.main_process_first(local=False, desc="teacher trajectories"):
         if config.process_index == 0:
             return collect(teacher.to(config.device), encoded, folder, settings, batch_size=config.per_device_eval_batch_size,
                            pad=pad_id(tokenizer), bot=bot, eot=eot)
-        found = kept(folder, cache_key(teacher, encoded, settings, (bot, eot)))
+        found = kept(folder, key)
     if found is None:
         raise REDError(f"Process {config.process_index} does not find the teacher's trajectories in {str(folder)!r}: the first process could not write them (see what it says), or "
                        "they are on a disk of its own. Give trajectories_dir a folder that all processes share.")

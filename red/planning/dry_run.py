@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from red.planning import costs
 from red.doctor import checks as doctor_checks
 from red.training.canary import canary_problems
-from red.training.checkpoint_folders import checkpoints
+from red.training.checkpoint_folders import checkpoints, complete
 from red.config import REDConfig
 from red.planning.costs import Sizes
 from red.distillation import _tokenizer_beside, check_run, training_source
@@ -72,7 +72,9 @@ def _shapes(teacher, sizes: Sizes, shape, config: REDConfig) -> list[str]:
 
 def _start(config: REDConfig, calibration, resume) -> list[tuple[str, str]]:
     if resume:
-        return [("start", f"goes on from {checkpoints(config.output_dir)[-1] if resume is True else resume}")]
+        if resume is True:  # the one that was saved last, which is another than the highest where a run went back; an unsealed one is refused later
+            resume = (complete(config.output_dir) or checkpoints(config.output_dir))[-1]
+        return [("start", f"goes on from {resume}")]
     on = f"statistics from {calibration}" if calibration else f"calibrated on the first {config.calibration_samples} rows of {config.max_length} tokens of the text"
     return [("start", f"{config.start}, start_fit={fit_of(config)}, {on}"), ("", forecast_of(config).partition("\n")[2])]
 

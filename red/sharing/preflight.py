@@ -44,7 +44,7 @@ def probe_tokenizer(tokenizer) -> dict:
 
 def run_preflight(folder: Path, reference: Path) -> dict:
     """Start the fresh process and return what it found; never raises for what it finds."""
-    package_parent = str(Path(__file__).resolve().parents[1])
+    package_parent = str(Path(__file__).resolve().parents[2])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     # on the CPU whatever the training ran on, and without a network: only the folder may answer
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
