@@ -106,6 +106,8 @@ def run(command: Command, deadline: float, scratch: Path) -> dict:
         log.write_text("not started: no time left\n")
         return {**ended, "exit": None, "seconds": 0.0}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` leaves it so, and a child would inherit the deaf ear
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, command.words)), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         code = None

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the parts of this script, and the `red` beside it
 
-from red.report import provenance
 from red.files import atomic_write_text
+from red.report import provenance
 
 from benchmarks.documents import between_markers
 from benchmarks.study import push_tables, teachers

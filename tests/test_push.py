@@ -122,5 +122,8 @@ def test_what_is_there_is_put_together_and_nothing_else_is_written(tmp_path):
     entry = {**usual, "kind": "fitted", "part": 4, "grid": [1e-3, 2e-3], "parameters": 5000, "tokens_to_90": [None, 81946]}
     shown = push_tables.trained({**found, "trained": {"Muon": entry}})
     assert "| Muon | 0.001 (edge) | 5k |" in shown and "–, 82k" in shown and "`fitted`, a quarter: as in the study" in shown
+    places = {place: {"1": {**found["sweeps"][place]["1"], "seeds": seeds}, "2": None, "3": found["sweeps"][place]["1"]} for place, seeds in (("massive 48", 1), ("massive 64", 3))}
+    wide, narrow = push_tables.sweeps(places).splitlines()[2:]
+    assert wide.startswith("| massive | 1/2 | 49.1 ± 12.5 | 49.1 ± 12.5 | 0.069 → 0.069 |") and narrow.startswith("| massive | 3/8 | 2.1 (1 seed) | 2.1 ± 0.6 |")
     with pytest.raises(SystemExit):
         push.main(["--smoke"])

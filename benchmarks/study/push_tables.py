@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from benchmarks.documents import table
+from benchmarks.study import teachers
 
 
 def texts(found: dict) -> dict[str, str]:
@@ -11,15 +14,17 @@ def texts(found: dict) -> dict[str, str]:
 
 
 def sweeps(places: dict) -> str:
+    """A teacher's widths beside each other, the widest first."""
     counts = [count for count in next(iter(places.values())) if count == "1" or any(entries[count] for entries in places.values())]
-    head = ["teacher and width", *(f"{count} sweep{'s' if count != '1' else ''}" for count in counts), "KL: reasoning", "KL: easy text", "easy perplexity"]
-    rows = []
+    head = ["teacher", "width", *(f"{count} sweep{'s' if count != '1' else ''}" for count in counts), "KL: reasoning", "KL: easy text", "easy perplexity"]
+    rows = {}
     for place, entries in places.items():
-        there = {count: entry for count, entry in entries.items() if entry}
-        if len(there) > 1:
-            rows.append([place, *(_percent(entries[count]) for count in counts), *(_each(entries, counts, score) for score in ("kl_reasoning", "kl_easy")),
-                         _each(entries, counts, "easy_perplexity", 2)])
-    return table(head, rows)
+        if sum(entry is not None for entry in entries.values()) > 1:
+            name, width = place.rsplit(" ", 1)
+            part = Fraction(int(width), teachers.find(name).width)
+            rows[name, -part] = [name, str(part), *(_percent(entries[count]) for count in counts), *(_each(entries, counts, score) for score in ("kl_reasoning", "kl_easy")),
+                                 _each(entries, counts, "easy_perplexity", 2)]
+    return table(head, [rows[key] for key in sorted(rows)])
 
 
 def untrained(variations: dict) -> str:
@@ -30,7 +35,7 @@ def untrained(variations: dict) -> str:
 
 def trained(found: dict) -> str:
     """Each recipe under the study's own of its start and width."""
-    head = ["recipe", "rate", "trained numbers", "exact match along the run", "at its end", "tokens to 90 %, each seed", "KL: reasoning"]
+    head = ["recipe", "rate", "trained parameters", "exact match, mean along the run", "exact match at the end, each seed, %", "tokens to 90 %, each seed", "KL: reasoning"]
     rows = []
     for place, usual in found["usual"].items():
         mine = {name: entry for name, entry in found["trained"].items() if f"{entry['kind']} {entry['part']}" == place and entry.get("seeds")}
@@ -51,9 +56,10 @@ def _recipe(name: str, entry: dict, grid) -> list:
 def _percent(entry: dict | None) -> str:
     if entry is None:
         return "–"
-    few = "" if entry["seeds"] >= 3 else f" ({entry['seeds']} seed{'s' if entry['seeds'] > 1 else ''})"
-    return f"{100 * entry['exact_match']['mean']:.1f} ± {100 * entry['exact_match']['std']:.1f}{few}"
+    if entry["seeds"] == 1:
+        return f"{100 * entry['exact_match']['mean']:.1f} (1 seed)"
+    return f"{100 * entry['exact_match']['mean']:.1f} ± {100 * entry['exact_match']['std']:.1f}{'' if entry['seeds'] >= 3 else ' (2 seeds)'}"
 
 
 def _each(entries: dict, counts: list[str], score: str, digits: int = 3) -> str:
-    return ", ".join("–" if entries[count] is None else f"{entries[count][score]['mean']:.{digits}f}" for count in counts)
+    return " → ".join("–" if entries[count] is None else f"{entries[count][score]['mean']:.{digits}f}" for count in counts)
