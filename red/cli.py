@@ -12,7 +12,7 @@ import red as package
 from red.commands import WIDEST, Command, SettingsCommand, config_of
 from red.doctor.examination import doctor
 from red.errors import REDError, Terminated
-from red.files import HALF_LAYERS, START_FILE, nearest, require_existing
+from red.files import HALF_LAYERS, START_FILE, nearest, require_existing, require_place_for
 from red.judge.command import evaluate
 from red.lori import command as lori
 from red.overview import Overview
@@ -129,6 +129,8 @@ def plan(teacher, hidden_size, paper, output, **given) -> None:
     """
     from red.planning.planner import plan as run
 
+    if output:
+        require_place_for(output, "--output")
     found = run(teacher, hidden_size, **{name: value for name, value in given.items() if value is not None})  # the defaults are run's own
     if output:
         from red.files import atomic_write_json
@@ -177,6 +179,8 @@ def distill(ctx, config, resume, eval_file, calibration, dry_run) -> None:
     from red.distillation import distill as run
 
     result = run(config=config, eval_data=eval_file, calibration=calibration, resume=resume)
+    if config.process_index:
+        return
     for name, value in result.metrics.items():
         print(f"{name:>28}  {value:.6g}" if isinstance(value, float) else f"{name:>28}  {value}")
     print(f"The student is in {result.path}")

@@ -70,10 +70,10 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
     teacher, path = check_run(teacher, train_data, config, resume)
     train_data = training_source(train_data, config)
+    if isinstance(calibration, (str, Path)):
+        calibration = Calibration.load(calibration)  # before minutes go into the teacher
     record = Record(config, "red", resumed=bool(resume))
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
-    if isinstance(calibration, (str, Path)):
-        calibration = Calibration.load(calibration)
     trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
                          calibration=calibration, callbacks=callbacks)
     record.training(trainer, train_data)

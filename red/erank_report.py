@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from red.errors import REDError
-from red.files import atomic_write_json, atomic_write_text, require_existing
+from red.files import atomic_write_json, atomic_write_text, require_existing, require_place_for
 
 PLOTS = (".svg",)  # what --plot writes
 
@@ -47,6 +47,8 @@ def report(models: Sequence[str], data: str, *, text_column: str = "text", max_t
     for option, path in (("output", output), ("plot", plot)):
         if path and Path(path).exists():
             raise REDError(f"--{option}={path!r} exists and nothing is overwritten. Choose another name, or move it away.")
+        if path:
+            require_place_for(path, f"--{option}")
     if plot and Path(plot).suffix not in PLOTS:
         raise REDError(f"--plot={plot!r}: a plot is an SVG. Choose a name that ends in .svg.")
     twice = [name for name in models if models.count(name) > 1]

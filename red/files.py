@@ -99,6 +99,21 @@ def require_empty_output(path: str | Path, *, what: str = "output_dir", remedy: 
     return path
 
 
+def require_place_for(path: str | Path, option: str) -> Path:
+    """The path, if a file can be written there; asked before minutes are spent on what goes into it.
+
+    Raises:
+        REDError: it is a folder, or in a place where nothing can be written.
+    """
+    path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise REDError(f"{option}={str(path)!r} is a folder; a file is written. Add a name to it.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise REDError(f"{option}={str(path)!r} cannot be written: {parent} is not a folder that this user may write to. Choose another path.")
+    return path
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None if none is like it. Hyphens and case do not count."""
     fold = {known_name.lower().replace("-", "_"): known_name for known_name in sorted(known, reverse=True)}

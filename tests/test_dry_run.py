@@ -203,3 +203,18 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     seal(begun / "checkpoint-4", step=4, save=2)
     assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 0
     assert f"goes on from {begun / 'checkpoint-4'}\n" in capsys.readouterr().out
+
+
+def test_lori_refuses_what_its_training_would(tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "3 + 4", "steps": ["<<3+4=7>>"], "answer": "7"}\n' * 2)
+    teacher = Path(dry_run.__file__).parents[1] / "lori" / "demo" / "teacher"
+    words = ["lori", "--teacher_model_name_or_path", str(teacher), "--train_file", str(problems), "--output_dir", str(tmp_path / "run"), "--use_cpu", "--dry_run"]
+    assert main([*words, "--resume"]) == 2 and "has no checkpoint-N folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"format": 1}')  # of a run that was stopped before its first checkpoint
+    assert main(words) == 0
+    (tmp_path / "run" / "checkpoint-2").mkdir()
+    (tmp_path / "run" / "student").mkdir()
+    (tmp_path / "run" / "student" / "config.json").write_text("{}")
+    assert main([*words, "--resume"]) == 2 and "This run is finished" in capsys.readouterr().err

@@ -246,3 +246,15 @@ def test_a_folder_of_an_older_run_has_a_page_too(tmp_path, folders):
     with pytest.raises(REDError, match="no run of red"):
         write_page(tmp_path / "checkpoint-4", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_long_log_is_written_for_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
+    record, clock = recording.Record(REDConfig(output_dir=tmp_path / "run", use_cpu=True), "red"), itertools.count(0, 2)  # a write takes two seconds
+    monkeypatch.setattr(recording.time, "monotonic", lambda: float(next(clock)))
+    record.write()
+    written, later = record._written, lambda seconds: monkeypatch.setattr(recording.time, "monotonic", lambda: record._written + seconds)
+    assert written == 2.0
+    later(2 / recording.SHARE - 1)
+    assert not record.due()  # long after INTERVAL
+    later(2 / recording.SHARE + 1)
+    assert record.due()

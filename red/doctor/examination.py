@@ -45,8 +45,10 @@ def doctor(ctx, teacher, data, config, output) -> int:
 
     Settings as in `red distill` (see red distill -h). Exit code 0 where nothing is red, 1 where something is, 2 for bad input.
     """
-    from red.files import atomic_write_json, require_existing
+    from red.files import atomic_write_json, require_existing, require_place_for
 
+    if output:
+        require_place_for(output, "--output")  # a traceback's exit code is 1 too
     config = config_of(ctx, config, given={**({"teacher_model_name_or_path": teacher} if teacher else {}), **({"train_file": data, "dataset_name": None} if data else {})})
     if config.train_file is not None:
         require_existing(config.train_file, "The data path")  # before the teacher is read

@@ -8,7 +8,7 @@ import click
 
 from red.commands import Command
 from red.errors import REDError
-from red.files import require_existing
+from red.files import require_existing, require_place_for
 
 @click.command("eval", cls=Command, short_help="a student beside its teacher: tasks, divergence, speed and memory")
 @click.argument("student")
@@ -41,6 +41,8 @@ def evaluate(student, against, tasks, data, no_speed, output, **given) -> None:
     """
     if output and Path(output).exists():
         raise REDError(f"--output={output!r} exists and nothing is overwritten. Choose another name, or move it away.")
+    if output:
+        require_place_for(output, "--output")
     if data:
         require_existing(data, "The data path")  # before a model is read
 

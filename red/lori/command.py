@@ -41,6 +41,8 @@ def lori(ctx, config, resume, eval_file, dry_run) -> None:
     from red.lori.distillation import distill as run
 
     result = run(config=config, eval_data=eval_file, resume=resume)
+    if config.process_index:
+        return
     for name, value in result.metrics.items():
         print(f"{name:>28}  {value:.6g}" if isinstance(value, float) else f"{name:>28}  {value}")
     print(f"The student is in {result.path}")

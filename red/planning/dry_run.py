@@ -14,6 +14,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from transformers import PreTrainedTokenizerBase
 
+from red.calibration import Calibration
 from red.planning import costs
 from red.doctor import checks as doctor_checks
 from red.training.canary import canary_problems
@@ -46,6 +47,8 @@ def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume:
         REDError: what `red.distill` would refuse before it reads a weight, and text that it would refuse.
     """
     teacher, student = check_run(None, None, config, resume)
+    if calibration:
+        Calibration.load(calibration)  # what is no such file is refused
     if config.canary_steps:
         canary_problems(config.canary_file, config.canary_samples)  # a broken file is refused
     shape, tokenizer = teacher_config(teacher), _tokenizer_beside(teacher)

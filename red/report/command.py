@@ -28,15 +28,16 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = F
     """Write report.html, or `out`; with `card` also README.md of run_dir/student anew. Returns the page's path.
 
     Raises:
-        REDError: run_dir is missing or holds no run; or `card` where there is no student.
+        REDError: run_dir is missing or holds no run; the page cannot be written there; or `card` where there is no student.
     """
     from red.errors import REDError
-    from red.files import PAGE
+    from red.files import PAGE, require_existing, require_place_for
     from red.report.card import write_card
     from red.report.report import write_page
 
     student = Path(run_dir) / "student"
-    path = write_page(run_dir, out or Path(run_dir) / PAGE)
+    require_existing(run_dir, "The run")
+    path = write_page(run_dir, require_place_for(out or Path(run_dir) / PAGE, "--out"))
     if card:
         if not (student / "config.json").is_file():
             raise REDError(f"{student} is no exported student, so there is nothing to write a card for. Leave --card out.")

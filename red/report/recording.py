@@ -17,7 +17,7 @@ run.json, from which `red report` makes the page again, also of a run that was k
     metrics, export             of the end
 
 It is written by the first process alone, whole or not at all, at the start, with every checkpoint, at the end, and in between not more often than every
-INTERVAL seconds. A resumed run takes the log of its checkpoint and goes on from there, so nothing is there twice. What fails here is a warning: a run
+INTERVAL seconds, nor for more than a SHARE of the time. A resumed run takes the log of its checkpoint and goes on from there, so nothing is there twice. What fails here is a warning: a run
 is never lost for its record.
 """
 
@@ -40,6 +40,7 @@ from red.report.settings import settings_of
 
 FORMAT = 1
 INTERVAL = 30.0  # seconds
+SHARE = 1 / 300  # of the training's time, at most, that goes into writing between checkpoints
 KEPT = ("began", "erank", "forecast", "measured", "channels", "sessions")  # of an earlier session
 
 logger = logging.get_logger(__name__)
@@ -89,7 +90,7 @@ class Record:
         self.facts: dict = {"format": FORMAT, "method": method, "state": "running", "began": _now()}
         self.ranks: measuring.Ranks | None = None
         self.named = ""  # the teacher's folder or name
-        self._written = 0.0
+        self._written = self._took = 0.0  # of the last writing: when it ended, seconds
         self._describe(resumed)
 
     @quietly
@@ -177,12 +178,14 @@ class Record:
             before = self.before["bytes"] if self.before and self.config.device.type != "cuda" else 0
             highest = max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0)
             self.facts["measured"] |= {"peak_bytes": highest, "peak_of": peak["of"]}
+        began = time.monotonic()
         provenance.write_json(self.folder / RUN_FILE, self.facts)
         self._written = time.monotonic()
+        self._took = self._written - began
 
     def due(self) -> bool:
         """Whether the file has not been written for a while."""
-        return self.writes and time.monotonic() - self._written > INTERVAL
+        return self.writes and time.monotonic() - self._written > max(INTERVAL, self._took / SHARE)  # a long log is written seldom
 
     def finish(self, student=None, metrics: dict | None = None, exported=None) -> None:
         """The end: what came out, run.json, report.html, and the README.md of the exported student."""
