@@ -123,7 +123,8 @@ def test_a_big_text_is_not_read_whole(folder, capsys, monkeypatch):
     assert "s a step" in told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
 
 
-def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys):
+def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr("red.planning.dry_run.Calibration.load", lambda path: None)  # tests/test_places.py has one that is refused
     (folder / "calibration.safetensors").write_text("")
     (folder / "start.safetensors").write_text("")
     config = dry_run.REDConfig(**{**SETTINGS, "teacher_model_name_or_path": str(folder / "teacher"), "train_file": str(folder / "text.txt"), "output_dir": str(folder / "run"),
