@@ -163,3 +163,9 @@ def test_the_guard_reads_once_a_step(tiny_teacher, tmp_path, monkeypatch):
         reads.clear()
         trainer.train()
         assert len(trainer.seen) == 3 * micro_batches and reads.count((3,)) == 3
+
+
+def test_a_run_of_skipped_steps_alone_has_trained_nothing(tiny_teacher, tmp_path):
+    trainer, _ = poisoned(tiny_teacher(), tmp_path, steps=(1, 2, 3), max_steps=3)
+    with pytest.raises(REDError, match=r"All 3 steps were skipped.*red doctor"):
+        trainer.train()

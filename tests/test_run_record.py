@@ -195,6 +195,7 @@ def test_a_run_without_a_checkpoint_may_begin_again_and_a_strangers_file_is_kept
     assert (tmp_path / "run" / "run.json").read_text() == '{"mine": 1}'
     (tmp_path / "run" / "run.json").unlink()
     monkeypatch.setattr(recording, "INTERVAL", 0.0)
+    monkeypatch.setattr(recording, "SHARE", float("inf"))
     with pytest.raises(KeyboardInterrupt):
         red.distill(tiny_teacher(), tokenised(), tokenizer=tiny_tokenizer, callbacks=[Kill()], **{**settings, "max_steps": STEPS})
     assert [step for step, _ in Run.load(tmp_path / "run").series("loss")] == [1, 2, 3, 4], "written down between checkpoints, too"

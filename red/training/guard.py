@@ -78,6 +78,11 @@ class StepGuard(TrainerCallback):
         else:
             self.sums, self.taken, self.in_a_row = self.sums.to(args.device) + self.parts, self.taken + 1, 0
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if 0 < state.global_step <= self.skipped:
+            raise REDError(f"All {state.global_step} steps were skipped: none had a finite loss and gradient, so the student is what it was at the start. Look at the rows and their number "
+                           "(statistics over equal rows divide by zero), at the learning rate, and run `red doctor`.")
+
     def told(self, logs: dict[str, float]) -> dict[str, float]:
         """A log line with the parts, and without what is not finite; the next one begins here."""
         if self.taken:
