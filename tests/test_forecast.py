@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from red import starts
 from red.calibration import calibrate_batches
+from red.cli import main
 from red.fitting import forecast
 from red.fitting.fit import fit_maps
 from red.fitting.forecast import GIB, measured_rate
@@ -134,3 +135,20 @@ def test_heads_and_rate():
     plain = Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=50)
     assert forecast(plain, 32, 100).flops > 0
     assert 1e8 < measured_rate("cpu", 128) < 1e14
+
+
+def test_dry_run_reads_no_weight(tiny_teacher, tmp_path, capsys):
+    tiny_teacher().config.save_pretrained(tmp_path / "teacher")
+    assert [path.name for path in (tmp_path / "teacher").iterdir()] == ["config.json"]
+    given = ["compress", "--dry-run", "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "small"), "--use_cpu"]
+    assert main([*given, "--hidden_size", "16", "--calibration_samples", "8", "--max_length", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "hidden_size 32 -> 16, 2 layers, start=fitted, start_fit=full, 800 tokens of calibration" in shown and "TFLOP, at least" in shown
+    assert main([*given, "--hidden_size", "16", "--start", "activation"]) == 0
+    assert "start=activation, start_fit=none" in capsys.readouterr().out
+    for extra, message in ((["--hidden_size", "18"], "not a multiple"), (["--hidden_size", "16", "--start", "x"], "start='x' is unknown")):
+        assert main([*given, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["compress", "--dry-run", "--hidden_size", "16", "--output_dir", str(tmp_path / "small")]) == 2
+    assert "Give teacher_model_name_or_path" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from red.data.chat import render
+from red.data.packing import IGNORE, PackedDataset, collate, flatten, for_attention, pack, split
 from red.errors import REDError
 from red.files import atomic_write_text, nearest, require_existing
-from red.data.packing import IGNORE, PackedDataset, collate, flatten, for_attention, pack, split
 
-__all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id",
-           "save_examples", "tokenise", "tokenizer_hash"]
+__all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id", "save_examples", "tokenise", "tokenizer_hash"]
 
 BATCH = 1000  # texts that are tokenised together
 HASH_KEY, UTF8 = "tokenizer_hash", "Save it in UTF-8: iconv -f latin1 -t utf-8, say."
@@ -260,7 +259,8 @@ def _texts_of(item: Mapping, number: int, text_column: str) -> list[tuple[str, b
                        f"prompt and completion, messages, or input_ids.{f' Did you mean text_column={like!r}?' if like else ' Set text_column.'}")
     for text, _ in texts:
         if not isinstance(text, str):
-            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. Give conversations as messages.")
+            remedy = "Give conversations as messages." if isinstance(text, list) else "Make it a string, or leave the row out."
+            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. {remedy}")
     return texts
 
 
