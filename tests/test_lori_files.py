@@ -8,21 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_lori import distil_tiny, logged, table_rows, weights
-from transformers import TrainerCallback
+from tiny_training import Interrupt
 
 from red.errors import REDError
 from red.sharing.licences import front_matter
-
-
-class Interrupt(TrainerCallback):
-    """Ends the training like Ctrl-C, in the middle of step `at`."""
-
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.at - 1:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture()

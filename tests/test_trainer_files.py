@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference_lrc import random_batch
 from safetensors.torch import load_file
-from tiny_training import VARIANTS, make_trainer, masters, tokenised
+from tiny_training import VARIANTS, Interrupt, make_trainer, masters, tokenised
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from red import starts
@@ -17,17 +17,6 @@ from red.training.checkpoints import PROJECTIONS_FILE
 from red.errors import REDError
 from red.training.projections import Projections
 from red.student import build_student
-
-
-class Interrupt(TrainerCallback):
-    """Ends the process' training like Ctrl-C, in the middle of step `at`."""
-
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.at - 1:
-            raise KeyboardInterrupt
 
 
 SETTINGS = dict(max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="linear",

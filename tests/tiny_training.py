@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import TrainerCallback
 
 from red.config import REDConfig
 from red.training.trainer import REDTrainer
@@ -58,6 +59,17 @@ class RecordingTrainer(REDTrainer):
         if model.training:
             self.seen.append({key: value.clone() for key, value in inputs.items()})
         return super().compute_loss(model, inputs, **kwargs)
+
+
+class Interrupt(TrainerCallback):
+    """Ends the process' training like Ctrl-C, in the middle of step `at`."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.at - 1:
+            raise KeyboardInterrupt
 
 
 def make_trainer(teacher, output_dir, data=None, *, eval_data=None, trainer_class=RecordingTrainer, callbacks=None, **changes) -> REDTrainer:
