@@ -9,7 +9,7 @@ import torch
 from reference_lrc import random_batch
 from safetensors.torch import load_file
 from tiny_training import VARIANTS, Interrupt, make_trainer, masters, tokenised
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from red import starts
 from red.training.checkpoint_folders import MANIFEST
