@@ -255,6 +255,9 @@ def test_the_command(folder, student, tmp_path, capsys, no_pictures):
     assert capsys.readouterr().out.strip() == str(tmp_path / "seen.html") and (tmp_path / "seen.html").read_text() == render(Run.load(place))
     assert "organisation/teacher" in (student / "README.md").read_text()
     assert main(["report", str(place)]) == 0 and (place / "report.html").is_file()
+    assert not capsys.readouterr().err
+    (place / "channels.safetensors").write_bytes(b"torn")
+    assert main(["report", str(place)]) == 0 and "channels.safetensors cannot be read" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2 and "no run of red" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -25,7 +26,7 @@ def command(run_dir, **given) -> None:
 
 
 def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = False) -> Path:
-    """Write report.html, or `out`; with `card` also README.md of run_dir/student anew. Returns the page's path.
+    """Write report.html, or `out`; with `card` also README.md of run_dir/student anew. Returns the page's path; what could not be read goes to stderr.
 
     Raises:
         REDError: run_dir is missing or holds no run; the page cannot be written there; or `card` where there is no student.
@@ -34,7 +35,10 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = F
     from red.files import PAGE, require_existing, require_place_for
     from red.report.card import write_card
     from red.report.report import write_page
+    from red.report.run import Run
 
+    for note in Run.load(run_dir).notes:
+        print(f"red: {note}", file=sys.stderr)
     student = Path(run_dir) / "student"
     require_existing(run_dir, "The run")
     path = write_page(run_dir, require_place_for(out or Path(run_dir) / PAGE, "--out"))
