@@ -186,7 +186,8 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     assert f"between   {between}\n" in text and "question  table 3\n" in text and "answer    answer : 0 <eos>" in text
     for words in ("llama, 2 layers of width 32", "10 problems, the longest of 8 tokens", "9 steps of 4 problems", f"preset {preset}: target="):
         assert words in text, words
-    for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
+    for more, message in ((["--answer_column", "result"], "Row 0 has no 'result'"), (["--max_length", "7"], "Row 0 has 8 tokens"), (["--rationale_layers", "9"], "rationale_layers='9': use all, or numbers from 0"),
+                          (["--anchor_layers", "1,1"], "anchor_layers='1,1': use all"), (["--output_dir", tmp_path / "teacher"], "is not empty")):
         assert main([str(word) for word in [*given, *more]]) == 2
         assert message in capsys.readouterr().err
     assert main([str(word) for word in [*given, "--output_dir", tmp_path / "teacher", "--resume"]]) == 2

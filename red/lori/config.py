@@ -111,8 +111,8 @@ class LoRiConfig(TrainingArguments):
         if given == "all":
             return list(range(depth))
         chosen = [int(part) for part in given.split(",") if part.strip().isdigit()]
-        if not chosen or max(chosen) >= depth or len(chosen) != len(given.split(",")):
-            raise REDError(f"{name}={given!r}: use all, or numbers from 0 (the embedding) to {depth - 1} with commas.")
+        if not chosen or max(chosen) >= depth or len(set(chosen)) != len(given.split(",")):
+            raise REDError(f"{name}={given!r}: use all, or numbers from 0 (the embedding) to {depth - 1} with commas, each once.")
         return chosen
 
     def _check(self) -> None:

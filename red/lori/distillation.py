@@ -86,6 +86,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     record = Record(config, "lori", resumed=bool(resume))
     teacher, tokenizer = _teacher(teacher, tokenizer, config)
     record.teacher(teacher)
+    check_layers(config, teacher.config.num_hidden_layers + 1)
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
@@ -156,6 +157,12 @@ def _check_steps(encoded, config: LoRiConfig) -> None:
             if not row.steps:
                 raise REDError(f"Row {place} has no steps, and preset={config.preset!r} learns from them. "
                                "Give rows with steps, or use preset=no_cot or coconut.")
+
+
+def check_layers(config: LoRiConfig, depth: int) -> None:
+    """Refuse layers that a teacher of `depth` = L + 1 states has not, before it reads its first row."""
+    for name in ("rationale_layers", "anchor_layers"):
+        config.layers_of(name, depth)
 
 
 def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer, checkpoint: str | Path | None = None):

@@ -12,7 +12,7 @@ from red.errors import REDError
 from red.lori.checkpoints import require_same_run, settings_of
 from red.lori.config import PRESETS, LoRiConfig
 from red.lori.data import encode_rows, load_rows
-from red.lori.distillation import TRAJECTORIES, _check_steps, _named_dataset
+from red.lori.distillation import TRAJECTORIES, _check_steps, _named_dataset, check_layers
 from red.report.recording import leftovers
 from red.training.checkpoint_folders import last_checkpoint, students_place
 
@@ -34,6 +34,7 @@ def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
         shape = AutoConfig.from_pretrained(config.teacher_model_name_or_path, trust_remote_code=False)
     except Exception as error:  # a damaged config comes as errors of a dozen kinds
         raise REDError(f"Cannot read the teacher {config.teacher_model_name_or_path!r}: {error}") from error
+    check_layers(config, shape.num_hidden_layers + 1)
     tokenizer = _tokenizer_beside(config.teacher_model_name_or_path)
     encoded = encode_rows(rows, tokenizer, answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
     _check_steps(encoded, config)
