@@ -37,11 +37,12 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = F
     from red.report.report import write_page
     from red.report.run import Run
 
-    for note in Run.load(run_dir).notes:
-        print(f"red: {note}", file=sys.stderr)
     student = Path(run_dir) / "student"
     require_existing(run_dir, "The run")
-    path = write_page(run_dir, require_place_for(out or Path(run_dir) / PAGE, "--out"))
+    place = require_place_for(out or Path(run_dir) / PAGE, "--out")
+    for note in Run.load(run_dir).notes:
+        print(f"red: {note}", file=sys.stderr)
+    path = write_page(run_dir, place)
     if card:
         if not (student / "config.json").is_file():
             raise REDError(f"{student} is no exported student, so there is nothing to write a card for. Leave --card out.")
