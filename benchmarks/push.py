@@ -27,7 +27,7 @@ from benchmarks.documents import between_markers
 from benchmarks.study import push_tables, teachers
 from benchmarks.study.lines import Lines, write_result
 from benchmarks.study.pool import execute, quiet
-from benchmarks.study.refitted import SWEEPS, VARIATIONS, Refitted
+from benchmarks.study.refitted import SWEEPS, VARIATIONS, VARIED, Refitted
 from benchmarks.study.retrained import RECIPES, Retrained
 from benchmarks.study.teachers import Teacher
 
@@ -69,9 +69,10 @@ def _work(args: argparse.Namespace, refitted: Refitted, retrained: Retrained, pl
 
     yield from sweeps(SWEEPS[-1], places[:FIRST])
     if "untrained" in args.part:
-        for name in args.names or VARIATIONS:
-            if name in VARIATIONS:
-                yield name, refitted.tasks(name, *places[0])
+        for (teacher, width), names in VARIED.items():
+            for name in names:
+                if name in (args.names or names):
+                    yield f"{name}, {teacher} {width}", refitted.tasks(name, teachers.find(teacher), width)
     for count in reversed(SWEEPS):
         yield from sweeps(count, places)
     if "trained" in args.part:
@@ -82,11 +83,13 @@ def _work(args: argparse.Namespace, refitted: Refitted, retrained: Retrained, pl
 
 
 def put_together(refitted: Refitted, retrained: Retrained, places: list[tuple[Teacher, int]]) -> dict:
-    """`{"sweeps": {place: {count: …}}, "untrained": {name: …}, "trained": {name: …}, "usual": {start and part: …}}` of what is there."""
+    """`{"sweeps": {place: {count: …}}, "untrained": {place: {name: …}}, "trained": {name: …}, "usual": {start and part: …}}` of what is there."""
     sweeps = {f"{teacher.name} {width}": {str(count): refitted.entry(teacher, width, sweeps=count) for count in SWEEPS} for teacher, width in places}
     usual = {f"{start} {part}": retrained.summary(*retrained.usual(start, part), part) for start, part in
              dict.fromkeys((recipe.start, recipe.part) for recipe in RECIPES.values())}
-    return {"sweeps": sweeps, "untrained": {"usual": refitted.entry(*places[0]), **{name: refitted.entry(*places[0], name) for name in VARIATIONS}},
+    untrained = {f"{teacher} {width}": {name: refitted.entry(teachers.find(teacher), width, name) for name in ("usual", *names)}
+                 for (teacher, width), names in VARIED.items()}
+    return {"sweeps": sweeps, "untrained": untrained,
             "trained": {name: {"kind": recipe.start, "part": recipe.part, **(retrained.summary(retrained.chosen(name), retrained.tests(name), recipe.part) or {}),
                                "grid": list(recipe.rates)} for name, recipe in RECIPES.items()}, "usual": usual}
 

@@ -16,6 +16,7 @@ from benchmarks.study import push_tables, recipes, variations
 from red.calibration import calibrate_batches
 from red.config import REDConfig
 from red.fitting.shared_map import most_explained
+from red.starts import balanced
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -96,7 +97,7 @@ def test_another_optimiser_trains_matrices_and_gains(tiny_teacher, tmp_path, nam
         assert 0.1 * rate < max(lengths) < 3.1 * rate
 
 
-@pytest.mark.parametrize("name", [name for name in push.VARIATIONS if not name.startswith(("writer ridge", "map refitted three"))])
+@pytest.mark.parametrize("name", [name for name in push.VARIATIONS if not name.startswith(("writer ridge", "map refitted three", "without massive"))])
 def test_a_variation_is_another_student_that_is_near_its_teacher(tiny_teacher, tmp_path, monkeypatch, name):
     monkeypatch.setattr("red.starts.explained.most_explained", partial(most_explained, iterations=10))
     monkeypatch.setattr(variations, "ITERATIONS", 10)
@@ -108,6 +109,21 @@ def test_a_variation_is_another_student_that_is_near_its_teacher(tiny_teacher, t
     far, own = (float((each - logits(teacher)).square().mean()) for each in (found, usual))
     assert (found - usual).abs().max() > 1e-4 and far < 2 * own + 1e-3, "as near as the usual one, or nearly"
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_massive_directions_are_left_out(tiny_teacher, tmp_path, monkeypatch):
+    """Told of a massive direction, the usual map keeps it, the varied one does not look for it."""
+    teacher, batches = tiny_teacher(), text(2)
+    config = REDConfig(**settings_of(tmp_path, start="fitted", hidden_size=24))
+    calibration = calibrate_batches(teacher, batches, point_covariance=True)
+    calibration.longest = torch.zeros_like(calibration.longest)
+    calibration.longest[2, 0, 5] = 1e4
+    kept = []
+    monkeypatch.setattr("red.starts.explained.massive", lambda context: kept.append(balanced.massive(context)) or kept[-1])
+    for make in (variations.usual, variations.without_massive_directions):
+        make(teacher, config, calibration, batches)
+    assert [part.shape[1] for part in kept] == [1, 0] and abs(float(kept[0][5, 0])) == pytest.approx(1)
+    assert calibration.longest.any(), "the caller's is left as it was"
 
 
 def test_what_is_there_is_put_together_and_nothing_else_is_written(tmp_path):

@@ -20,17 +20,16 @@ def sweeps(places: dict) -> str:
     rows = {}
     for place, entries in places.items():
         if sum(entry is not None for entry in entries.values()) > 1:
-            name, width = place.rsplit(" ", 1)
-            part = Fraction(int(width), teachers.find(name).width)
-            rows[name, -part] = [name, str(part), *(_percent(entries[count]) for count in counts), *(_each(entries, counts, score) for score in ("kl_reasoning", "kl_easy")),
+            name, part = _place(place)
+            rows[name, -part] = [name, part, *(_percent(entries[count]) for count in counts), *(_each(entries, counts, score) for score in ("kl_reasoning", "kl_easy")),
                                  _each(entries, counts, "easy_perplexity", 2)]
     return table(head, [rows[key] for key in sorted(rows)])
 
 
-def untrained(variations: dict) -> str:
-    head = ["variation", "seeds", "exact match", "KL: reasoning", "KL: easy text", "seconds"]
-    return table(head, [[name, entry["seeds"], _percent(entry), f"{entry['kl_reasoning']['mean']:.3f}", f"{entry['kl_easy']['mean']:.4f}", f"{entry['seconds']['mean']:.0f}"]
-                        for name, entry in variations.items() if entry])
+def untrained(places: dict) -> str:
+    head = ["teacher", "width", "variation", "seeds", "exact match", "KL: reasoning", "KL: easy text", "seconds"]
+    return table(head, [[*_place(place), name, entry["seeds"], _percent(entry), f"{entry['kl_reasoning']['mean']:.3f}", f"{entry['kl_easy']['mean']:.4f}", f"{entry['seconds']['mean']:.0f}"]
+                        for place, variations in places.items() for name, entry in variations.items() if entry])
 
 
 def trained(found: dict) -> str:
@@ -44,6 +43,12 @@ def trained(found: dict) -> str:
             rows += [_recipe(f"**`{start}`, {'half' if part == '2' else 'a quarter'}: as in the study**", usual, ()),
                      *(_recipe(name, entry, entry["grid"]) for name, entry in mine.items())]
     return table(head, rows)
+
+
+def _place(place: str) -> tuple[str, Fraction]:
+    """A place's teacher, and the part of its width."""
+    name, width = place.rsplit(" ", 1)
+    return name, Fraction(int(width), teachers.find(name).width)
 
 
 def _recipe(name: str, entry: dict, grid) -> list:

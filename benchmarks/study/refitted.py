@@ -31,6 +31,15 @@ VARIATIONS: dict[str, Callable] = {
     "map refitted once": variations.refitted_map,
     "map refitted three times": functools.partial(variations.refitted_map, times=3),
     "map by Fisher's information": variations.fisher_map,
+    "map by what blocks put out": variations.heard_behind_blocks,
+    "map by what blocks put out, writer ridge 1e-6": functools.partial(variations.heard_behind_blocks, writer_ridge=1e-6),
+    "without massive directions": variations.without_massive_directions,
+}
+ELSEWHERE = ("writer ridge 1e-6", "map by what blocks put out", "map by what blocks put out, writer ridge 1e-6")
+VARIED = {  # teacher and width → what is varied there
+    ("chains", 32): tuple(name for name in VARIATIONS if name != "without massive directions"),  # it has none
+    ("massive", 64): (*ELSEWHERE, "without massive directions"),
+    ("rich", 40): ELSEWHERE,
 }
 SCORES = ("exact_match", "kl_reasoning", "kl_easy", "easy_perplexity", "easy_accuracy", "seconds")
 

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from red import families, starts
 from red.config import REDConfig
 from red.fitting import fit as fitting
-from red.fitting.layers import HalfLayer, normalised, run_block, writer_input
+from red.fitting.layers import HalfLayer, Streams, half_layers, normalised, run_block, writer_input
 from red.fitting.least_squares import LeastSquares
 from red.fitting.massive import MOST, massive_directions
-from red.fitting.shared_map import ITERATIONS, LEARNING_RATE, balanced, explained_shares, gauge, reader_gramians
+from red.fitting.shared_map import ITERATIONS, LEARNING_RATE, balanced, explained_shares, gauge, most_explained, reader_gramians
 from red.data.packing import for_attention
 from red.prepare import start_projections
 from red.starts.base import StartContext, shared
@@ -99,6 +99,42 @@ def fisher_map(teacher, config, calibration, batches, samples: int = 4) -> PreTr
     pooled = balanced(points.mean(0), gramians.mean(0), config.hidden_size, _massive(config, calibration))
     maps = _of_map(teacher, config, calibration, _climbed(pooled, points, gramians, torch.ones(len(points), dtype=torch.float64)))
     return fitting.fit_student(teacher, maps, batches).student
+
+
+def heard_behind_blocks(teacher, config, calibration, batches, probes: int = 4, **settings) -> PreTrainedModel:
+    """Half of what counts as heard at a read point is what its block puts out: `M_i = E[gᵀg]`, `g` the gradient at the normalised stream of a random sum of
+    the block's outputs, relative to the stream behind it. So softmax, gates and products have a say, a sink's key above all."""
+    points = calibration.point_covariance.double()
+    gramians = torch.stack(list(reader_gramians(teacher, points)))
+    streams, generator = Streams(teacher, batches), torch.Generator().manual_seed(0)
+    streams.teacher = [teacher.get_input_embeddings()(batch["input_ids"]).detach() for batch in streams.batches]
+    for half in half_layers(teacher.config):
+        norm, block, sums, behind = teacher.get_submodule(half.norm), teacher.get_submodule(half.block), torch.zeros_like(points[0]), []
+        for place, stream in enumerate(streams.teacher):
+            arguments, mask = streams.arguments(half, place), streams.mask(place)
+            with torch.enable_grad():
+                z = normalised(stream, teacher.config.rms_norm_eps).requires_grad_()
+                out = block(hidden_states=z * norm.weight.detach(), **arguments)[0] if half.attention else block(z * norm.weight.detach())
+                behind.append((stream + out).detach())
+                relative = behind[-1].square().mean(-1, keepdim=True).rsqrt() * mask[..., None]
+                for _ in range(probes):
+                    (grad,) = torch.autograd.grad(out, z, torch.randn(out.shape, generator=generator) * relative, retain_graph=True)
+                    sums += grad[mask].double().T @ grad[mask].double()
+        streams.teacher = behind
+        both = [gramian / (gramian * points[half.point]).sum() for gramian in (gramians[half.point], sums)]
+        gramians[half.point] = (both[0] + both[1]) / 2
+    fixed = _massive(config, calibration)
+    traces = gramians.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    begin = balanced(points.mean(0), (gramians / traces).sum(0), config.hidden_size, fixed)
+    maps = _of_map(teacher, config, calibration, most_explained(begin, points, gramians, fixed=fixed))
+    return fitting.fit_student(teacher, maps, batches, **settings).student
+
+
+def without_massive_directions(teacher, config, calibration, batches) -> PreTrainedModel:
+    """The usual start of a calibration that found no token longer than others."""
+    calibration = copy.copy(calibration)
+    calibration.longest = torch.zeros_like(calibration.longest)
+    return usual(teacher, config, calibration, batches)
 
 
 # ---- what a student of another class could hold ----
