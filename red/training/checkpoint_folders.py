@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from red.errors import REDError
 from red.files import atomic_write_json, require_empty_output, require_existing, sync
+from red.training.run_lock import LOCK
 
 MANIFEST = "manifest.json"
 SAVING = "_saving"  # an upload to the hub leaves out names that begin with _
@@ -43,7 +44,7 @@ def students_place(output_dir: str | Path, resume: bool | str | Path, *, ignorin
     """
     place = Path(output_dir) / "student"
     if not resume:
-        require_empty_output(output_dir, ignoring=(*ignoring, SAVING))
+        require_empty_output(output_dir, ignoring=(*ignoring, SAVING, LOCK))
     elif resume is True and not checkpoints(output_dir):
         raise REDError(f"output_dir={str(output_dir)!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
