@@ -14,6 +14,7 @@ from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer
 
 from red.planning import dry_run
+from red.planning.pace import Pace
 from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
@@ -79,9 +80,10 @@ def test_the_first_row_is_the_one_that_is_trained_on_first(folder, tmp_path, cap
     trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", source, **given) if not settings.get("streaming") else _streaming(tmp_path / "real", source, tokenizer, given)
     trainer.train()
     row = {key: value[0].tolist() for key, value in trainer.seen[0].items()}
-    used = sum(row["token_mask"])
+    used, words_of_row = sum(row["token_mask"]), row["input_ids"]
     words = tokenizer.convert_ids_to_tokens(row["input_ids"][:used])
     assert shown(text) == [(word, label != IGNORE) for word, label in zip(words, row["labels"][:used], strict=True)]
+    assert f"a step of 3 rows of {len(words_of_row)} tokens takes about" in text and (settings.get("packing", True) or len(words_of_row) < SETTINGS["max_length"])
     assert f"{used:,} tokens and" in re.sub(r"documents? of ", "", text) and len(words) > 3
     assert f"{sum(label != IGNORE for label in row['labels'])} tokens count in the loss" in text
 
@@ -120,7 +122,27 @@ def test_a_big_text_is_not_read_whole(folder, capsys, monkeypatch):
     text = told(folder, capsys, train_file=str(folder / "text.txt"), token_cache_dir=str(folder / "cache"))
     assert "not counted here" in text and "3 epochs; 72 tokens a step" in text
     assert [word for word, _ in shown(text)][:4] == document(0).split()[:4], "the text's beginning"
-    assert "s a step" in told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
+    assert "s a step" in text and "3 rows of 24 tokens takes at most about" in text, "the longest document is not known"
+
+
+def test_what_remains_of_a_resumed_run(folder, tmp_path, monkeypatch):
+    """Against what the resumed training does; 2 h a step."""
+    monkeypatch.setattr(dry_run, "step_seconds", lambda *_: Pace(7200.0, False, "by hand"))
+    given = {**SETTINGS, "start": "activation", "save_strategy": "steps", "save_steps": 2, "train_file": str(folder / "text.txt"), "teacher_model_name_or_path": str(folder / "teacher")}
+    examples = load_examples(folder / "text.txt", build_tiny_tokenizer())
+    make_trainer(build_tiny_model("llama"), tmp_path / "run", examples, **{**given, "max_steps": 2}).train()
+    longer = REDConfig(**{**given, "max_steps": 9, "output_dir": str(tmp_path / "run")})
+    text = dry_run.dry_run(longer, resume=True)
+    assert "9 steps, 648 tokens" in text and "; 2 are done, 7 remain; 72 tokens a step" in text and "about 18.0 h, 14.0 h of it for the steps that remain: 7.2e+03 s a step, by hand" in text
+    assert dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2") == text
+    resumed = make_trainer(build_tiny_model("llama"), tmp_path / "run", examples, **{**given, "max_steps": 9})
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.seen) == 7
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("{")
+    assert " remain" not in dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2"), "a checkpoint that does not say how far it is"
+    monkeypatch.setattr(dry_run, "step_seconds", lambda *_: Pace(7200.0, True, "by hand"))
+    assert "at least 18.0 h" in dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2")
 
 
 def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys, monkeypatch):
@@ -202,9 +224,11 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 2
     assert "was made with target='other'" in capsys.readouterr().err
     save_file({"a": torch.zeros(1)}, _made(begun / "checkpoint-4") / STATE, metadata={"run": "{}"})
+    (begun / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
     seal(begun / "checkpoint-4", step=4, save=2)
     assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 0
-    assert f"goes on from {begun / 'checkpoint-4'}\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"goes on from {begun / 'checkpoint-4'}\n" in text and "9 steps of 4 problems; 4 are done, 5 remain\n" in text
 
 
 def test_lori_refuses_what_its_training_would(tmp_path, capsys):

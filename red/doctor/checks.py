@@ -212,13 +212,16 @@ def disk(sizes: costs.Sizes, config: REDConfig) -> Finding:
     return Finding("disk", True, found)
 
 
-def memory(sizes: costs.Sizes, config: REDConfig, free: int) -> Finding:
-    """Room for a training step, from shapes; `free` bytes were there before the teacher was read. A CPU trains in float32, a GPU as `red plan` says."""
-    tokens = config.per_device_train_batch_size * config.max_length
+def memory(sizes: costs.Sizes, config: REDConfig, free: int, length: int | None = None) -> Finding:
+    """Room for a training step, from shapes; `free` bytes were there before the teacher was read. A CPU trains in float32, a GPU as `red plan` says.
+    `length` is of the rows; None: max_length, which rows that are not packed need not reach."""
+    most = "at most " if length is None and not config.packing else ""
+    length = config.max_length if length is None else length
+    tokens = config.per_device_train_batch_size * length
     forecast = costs.memory(sizes, config.hidden_size, tokens, checkpointing=config.checkpointing, tap_target="projected", student_bytes=costs.BF16 if config.bf16 else costs.FP32)
     on_cpu = config.device.type == "cpu"
     needed = forecast.peak + (forecast.teacher + forecast.activations + forecast.taps - forecast.context if on_cpu else 0)  # those are counted in 2 bytes
-    found = f"{in_gib(free)} free ({config.device.type}); a step of {config.per_device_train_batch_size} rows of {config.max_length} tokens takes about {in_gib(needed)}"
+    found = f"{in_gib(free)} free ({config.device.type}); a step of {config.per_device_train_batch_size} rows of {length} tokens takes {most}about {in_gib(needed)}"
     if config.sharding:
         return Finding("memory", None, f"{found} on one process; what sharding leaves of it, `red plan` says")
     if free < needed:

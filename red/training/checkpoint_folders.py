@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from red.errors import REDError
@@ -147,6 +148,14 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     if unsealed:
         logger.warning(f"Left alone, for want of a {MANIFEST}: {', '.join(unsealed)} in {output_dir}.")
     return whole[-1] if whole else None
+
+
+def steps_done(folder: str | Path) -> int | None:
+    """Optimiser steps that a checkpoint was trained for; None where it does not say."""
+    try:
+        return int(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def fault(folder: Path) -> str | None:
