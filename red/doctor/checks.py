@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from red.planning import costs
+from red.planning.memory_advice import CHUNK
 from red.data import loading as data
 from red.training import losses
 from red.training.checkpoints import ADAM_MOMENTS
@@ -213,14 +214,18 @@ def disk(sizes: costs.Sizes, config: REDConfig) -> Finding:
 
 
 def memory(sizes: costs.Sizes, config: REDConfig, free: int, length: int | None = None) -> Finding:
-    """Room for a training step, from shapes; `free` bytes were there before the teacher was read. A CPU trains in float32, a GPU as `red plan` says.
+    """Room for a training step, from shapes; `free` bytes were there before the teacher was read.
     `length` is of the rows; None: max_length, which rows that are not packed need not reach."""
     most = "at most " if length is None and not config.packing else ""
     length = config.max_length if length is None else length
     tokens = config.per_device_train_batch_size * length
-    forecast = costs.memory(sizes, config.hidden_size, tokens, checkpointing=config.checkpointing, tap_target="projected", student_bytes=costs.BF16 if config.bf16 else costs.FP32)
-    on_cpu = config.device.type == "cpu"
-    needed = forecast.peak + (forecast.teacher + forecast.activations + forecast.taps - forecast.context if on_cpu else 0)  # those are counted in 2 bytes
+    on_cpu, narrow = config.device.type == "cpu", config.student_dtype
+    bf16_student = narrow == "bfloat16" or (narrow == "auto" and config.bf16 and not on_cpu and config.world_size == 1)
+    student_bytes = costs.BF16 if bf16_student else costs.FP32
+    teacher_bytes = {"auto": costs.FP32 if on_cpu else costs.BF16, "float32": costs.FP32, "float64": 8}.get(config.teacher_dtype, costs.BF16)
+    forecast = costs.memory(sizes, config.hidden_size, tokens, checkpointing=config.checkpointing, tap_target="projected", student_bytes=student_bytes, teacher_bytes=teacher_bytes,
+                            compute_bytes=costs.BF16 if config.bf16 else student_bytes, chunk=config.loss_chunk_size or (CHUNK if on_cpu else None))
+    needed = forecast.peak - (forecast.context if on_cpu else 0)
     found = f"{in_gib(free)} free ({config.device.type}); a step of {config.per_device_train_batch_size} rows of {length} tokens takes {most}about {in_gib(needed)}"
     if config.sharding:
         return Finding("memory", None, f"{found} on one process; what sharding leaves of it, `red plan` says")

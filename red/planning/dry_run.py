@@ -130,7 +130,9 @@ def _training(config: REDConfig, rows, shape, done: int | None) -> list[tuple[st
     pace = step_seconds(shape, config, length)
     word = "at least" if pace.floor else "about"
     memory = doctor_checks.memory(Sizes.of(shape), config, free_memory(config.device), None if rows is None else length)
-    whole = "" if steps is None else f"{word} {duration(pace.seconds * steps)}{'' if done is None else f', {duration(pace.seconds * max(steps - done, 0))} of it for the steps that remain'}: "
+    whole = "" if steps is None else f"{word} {duration(pace.seconds * steps)}"
+    if steps is not None:
+        whole += ": " if done is None else f", {duration(pace.seconds * max(steps - done, 0))} of it for the steps that remain: "
     return [("training", f"{total}{passes}{left(steps, done)}; {step}" if steps is not None else f"{config.num_train_epochs:g} epochs; {step}"),
             ("time", f"{whole}{pace.seconds:.3g} s a step, {pace.how}{', communication not counted (red plan counts it)' * (config.world_size > 1)}"),
             ("memory", memory.found), *([("", f"-> {memory.remedy}")] if memory.remedy else [])]

@@ -1,7 +1,7 @@
 """How long a training step takes on this device, before there is anything to train.
 
-A CPU is timed: one large product says little of small ones, of norms and of activations, and a forecast by its rate alone was up to eight times too low for small
-models. So one decoder layer of each model is run at its real widths, with random weights.
+A CPU is timed: one large product says little of small ones, of norms and of activations, so a forecast by its rate alone is far too low for small models
+(tests/test_pace.py). One decoder layer of each model is run at its real widths, with random weights.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from red.erank import stream_eranks
 from red.fitting.forecast import measured_rate
 from red.planning.gpus import GPUS
 from red.sharing.licences import name_of
-from red.planning.memory_advice import parts
+from red.planning.memory_advice import needed, parts
 from red.planning.planner import UTILISATION, plan
 from red.starting import from_file, start_cost
 from red.data.streaming import PackedStream
@@ -160,7 +160,7 @@ def forecast_training(trainer) -> dict:
     return {
         "step_seconds": seconds,
         "step_tokens": own * args.world_size,
-        "bytes": sum(held.values()),
+        "bytes": needed(held),
         "parts": held,
         "how": "counted operations at the rate this device reaches in one large float32 product, a floor; bytes by shapes",
     }

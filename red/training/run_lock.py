@@ -31,7 +31,8 @@ def only_run(config, check: Callable[[], object]) -> Iterator[None]:
 
     Args:
         config: a REDConfig or LoRiConfig.
-        check: what has found that a run may begin or go on in this folder. It looks again, now that nobody else writes there: another run may have ended in between.
+        check: what has found that a run may begin or go on in this folder. It looks again, now that nobody else writes there: another run may have ended
+            in between.
 
     Raises:
         REDError: on every process, where another run holds the folder, or nothing can be written into it; or what `check` raises.
@@ -56,10 +57,12 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=GRACE, poll_interval=0.1)
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(timezone.utc).isoformat(timespec="seconds")}))
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
     except Timeout as error:
-        raise REDError(f"output_dir={str(folder)!r} is in use: {_who(holder)}. Two runs in one folder would spoil each other's checkpoints. Choose another output_dir, or wait for that run's "
-                       f"end, or stop it, and go on with resume. Only if it is surely gone and a network folder still holds its lock, delete {str(folder / LOCK)!r}.") from error
+        raise REDError(f"output_dir={str(folder)!r} is in use: {_who(holder)}. Two runs in one folder would spoil each other's checkpoints. "
+                       "Choose another output_dir, or wait for that run's end, or stop it, and go on with resume. "
+                       f"Only if it is surely gone and a network folder still holds its lock, delete {str(folder / LOCK)!r}.") from error
     except OSError as error:
         lock.release()
         raise REDError(f"output_dir={str(folder)!r} cannot be written: {error}. Choose another folder.") from error
