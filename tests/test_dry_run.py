@@ -19,7 +19,7 @@ from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
 from red.lori.checkpoints import STATE
-from red.training.checkpoint_folders import seal
+from red.training.checkpoint_folders import checkpoints, seal
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
                 save_strategy="no", calibration_samples=4)
@@ -97,7 +97,8 @@ def _streaming(folder, source, tokenizer, given):
 def test_the_plan_is_what_the_training_has(folder, tmp_path, capsys):
     text = told(folder, capsys, train_file=str(folder / "text.txt"), num_train_epochs=1.5, gradient_accumulation_steps=2, save_strategy="steps", save_steps=4)
     examples = load_examples(folder / "text.txt", build_tiny_tokenizer())
-    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", examples, **{**SETTINGS, "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "start": "activation"})
+    given = {**SETTINGS, "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "start": "activation", "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", examples, **given)
     trainer.train()
     teacher, student = build_tiny_model("llama").num_parameters(), trainer.student.num_parameters()
     trained = sum(factor.master.numel() for factor in trainer.projections)
@@ -110,6 +111,9 @@ def test_the_plan_is_what_the_training_has(folder, tmp_path, capsys):
     for words in ("fitted, start_fit=full, calibrated on the first 4 rows of 24 tokens", "s a step", "checkpoint-N every 4 steps, start.safetensors",
                   str(folder / "run" / "student"), "GiB free (cpu)"):
         assert words in text, words
+    assert f"; {len(checkpoints(tmp_path / 'real'))} checkpoints of" in text and trainer.state.global_step > 4, "also where epochs say how many steps"
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), calibration_samples=1000)
+    assert f"calibrated on the first {rows} rows of 24 tokens" in text, "no more than there are"
 
 
 @pytest.mark.parametrize("rows, settings, steps", [(10, {}, 12), (10, dict(dataloader_drop_last=True), 9), (None, {}, None), (None, dict(max_steps=7), 7), (2, dict(gradient_accumulation_steps=4), 3)])
@@ -135,6 +139,7 @@ def test_what_remains_of_a_resumed_run(folder, tmp_path, monkeypatch):
     longer = REDConfig(**{**given, "max_steps": 9, "output_dir": str(tmp_path / "run")})
     text = dry_run.dry_run(longer, resume=True)
     assert "9 steps, 648 tokens" in text and "; 2 are done, 7 remain; 72 tokens a step" in text and "about 18.0 h, 14.0 h of it for the steps that remain: 7.2e+03 s a step, by hand" in text
+    assert "; 4 checkpoints of" in text, "after 4, 6, 8 and 9 steps"
     assert dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2") == text
     resumed = make_trainer(build_tiny_model("llama"), tmp_path / "run", examples, **{**given, "max_steps": 9})
     resumed.train(resume_from_checkpoint=True)

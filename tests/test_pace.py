@@ -56,7 +56,7 @@ def test_every_family_and_nothing_is_drawn(family, tmp_path):
 
 def test_what_makes_it_longer(tmp_path, monkeypatch):
     """A layer's seconds by hand: 2 rows at once, of the teacher forward, of the student forward and backward."""
-    monkeypatch.setattr(pace, "_layer_seconds", lambda config, rows, length, grad: 3.0 * rows if grad else 1.0 * rows)
+    monkeypatch.setattr(pace, "_layer_seconds", lambda config, rows, length, grad, bf16: 3.0 * rows if grad else 1.0 * rows)
     monkeypatch.setattr(pace, "measured_rate", lambda *_, **__: 1e30)
     shape = build_tiny_model(num_hidden_layers=3).config
     for more, seconds in (({}, 3 * (1 + 3) * 2), (dict(gradient_accumulation_steps=5), 5 * 3 * 4 * 2), (dict(checkpointing="full"), 3 * (1 + 3 + 1) * 2)):

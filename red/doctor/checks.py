@@ -199,11 +199,11 @@ def states(teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Finding:
     return Finding("states", True, f"finite after the embedding and all {len(found) - 1} layers; the largest is {max(state[real].abs().max().item() for state in found):.3g}")
 
 
-def disk(sizes: costs.Sizes, config: REDConfig) -> Finding:
-    """Room for the checkpoints to come and the exported student, from shapes."""
+def disk(sizes: costs.Sizes, config: REDConfig, steps: int | None = None, done: int = 0) -> Finding:
+    """Room for the checkpoints to come and the exported student, from shapes; `done` of the `steps` lie behind it. None: as many as max_steps says."""
     student = (costs.FP32 if config.device.type == "cpu" else costs.BF16) * sizes.narrowed(config.hidden_size).parameters
     masters = costs.FP32 * costs.trainable(sizes, config.hidden_size)
-    each, number = student + (1 + ADAM_MOMENTS) * masters, _checkpoints(config)
+    each, number = student + (1 + ADAM_MOMENTS) * masters, _checkpoints(config, steps or config.max_steps, done)
     needed = number * each + student + masters  # the start is kept too
     folder = next(path for path in [Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents] if path.exists())
     free = shutil.disk_usage(folder).free
@@ -241,13 +241,13 @@ def documents(row: dict[str, Tensor]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], real], strict=True))
 
 
-def _checkpoints(config: REDConfig) -> int:
-    """How many are going to lie there at once; 1 where the number of steps is not known yet."""
+def _checkpoints(config: REDConfig, steps: int, done: int = 0) -> int:
+    """How many are going to be added, as many as stay at once; 1 where the number of steps is not known (0 or less)."""
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
     if strategy == "no":
         return 0
-    every = config.save_steps * config.max_steps if config.save_steps < 1 else config.save_steps
-    coming = math.ceil(config.max_steps / every) if strategy == "steps" and config.max_steps > 0 and every else 1
+    every = math.ceil(config.save_steps * steps) if config.save_steps < 1 else config.save_steps
+    coming = math.ceil(steps / every) - int(done // every) if strategy == "steps" and steps > 0 and every else 1
     if strategy == "epoch" and config.max_steps <= 0:
         coming = math.ceil(config.num_train_epochs)
     return min(coming, config.save_total_limit + 1) if config.save_total_limit else coming

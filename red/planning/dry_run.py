@@ -56,8 +56,9 @@ def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume:
     sizes = Sizes.of(shape)
     rows, batch, told = _text(config, tokenizer, shape)
     lines = ["Dry run: nothing is trained, no weight is read, and nothing is written.", "", *_shapes(teacher, sizes, shape, config), ""]
+    done, steps = steps_done(resume) if resume else None, steps_of(config, None if rows is None else len(rows))
     said = [("trained", f"{costs.trainable(sizes, config.hidden_size):,} parameters: the projections and the norms' gains; the teacher's weights stay frozen"),
-            *_start(config, calibration, resume), ("text", told), *_training(config, rows, shape, steps_done(resume) if resume else None), *_output(config, student, sizes)]
+            *_start(config, calibration, resume, rows), ("text", told), *_training(config, rows, shape, steps, done), *_output(config, student, sizes, steps, done or 0)]
     lines += [f"{name:<9} {text}" for name, text in said]
     return "\n".join([*lines, "", *_shown(batch, tokenizer)])
 
@@ -74,11 +75,12 @@ def _shapes(teacher, sizes: Sizes, shape, config: REDConfig) -> list[str]:
     return [str(teacher), *aligned(rows)]
 
 
-def _start(config: REDConfig, calibration, resume) -> list[tuple[str, str]]:
+def _start(config: REDConfig, calibration, resume, rows) -> list[tuple[str, str]]:
     if resume:
         return [("start", f"goes on from {resume}")]
-    on = f"statistics from {calibration}" if calibration else f"calibrated on the first {config.calibration_samples} rows of {config.max_length} tokens of the text"
-    return [("start", f"{config.start}, start_fit={fit_of(config)}, {on}"), ("", forecast_of(config).partition("\n")[2])]
+    count, length = (config.calibration_samples, config.max_length) if rows is None else (min(config.calibration_samples, len(rows)), rows.length)
+    on = f"statistics from {calibration}" if calibration else f"calibrated on the first {count} rows of {length} tokens of the text"
+    return [("start", f"{config.start}, start_fit={fit_of(config)}, {on}"), ("", forecast_of(config, count * length).partition("\n")[2])]
 
 
 def _text(config: REDConfig, tokenizer: PreTrainedTokenizerBase, shape) -> tuple:
@@ -119,10 +121,9 @@ def left(steps: int, done: int | None) -> str:
     return "" if done is None else f"; {done:,} are done, {max(steps - done, 0):,} remain"
 
 
-def _training(config: REDConfig, rows, shape, done: int | None) -> list[tuple[str, str]]:
+def _training(config: REDConfig, rows, shape, steps: int | None, done: int | None) -> list[tuple[str, str]]:
     own = config.per_device_train_batch_size * config.gradient_accumulation_steps  # rows of a step on one process
     length = rows.length if rows is not None else config.max_length
-    steps = steps_of(config, None if rows is None else len(rows))
     step = f"{own * config.world_size * length:,} tokens a step: "
     step += f"{_count(config.per_device_train_batch_size, 'row')} × {_count(config.gradient_accumulation_steps, 'micro-batch')} × {_count(config.world_size, 'process')}"
     total = "" if steps is None else f"{steps:,} steps, {steps * own * config.world_size * length:,} tokens"
@@ -138,12 +139,12 @@ def _training(config: REDConfig, rows, shape, done: int | None) -> list[tuple[st
             ("memory", memory.found), *([("", f"-> {memory.remedy}")] if memory.remedy else [])]
 
 
-def _output(config: REDConfig, student: Path, sizes: Sizes) -> list[tuple[str, str]]:
+def _output(config: REDConfig, student: Path, sizes: Sizes, steps: int | None, done: int) -> list[tuple[str, str]]:
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
     every = f"{config.save_steps:g} {'steps' if config.save_steps >= 1 else 'of the steps'}"
     saved = {"no": "no checkpoints", "steps": f"checkpoint-N every {every}"}.get(strategy, f"checkpoint-N at each {strategy}")
     trackers = ", ".join(name for name in config.report_to if name != "none")
-    disk = doctor_checks.disk(sizes, config)
+    disk = doctor_checks.disk(sizes, config, steps, done)
     fitted = f", {START_FILE}" * (fit_of(config) != "none")
     return [("output", f"{config.output_dir}: {saved}{fitted}, and the result in {student}{f'; logs to {trackers}' if trackers else ''}"),
             ("disk", disk.found), *([("", f"-> {disk.remedy}")] if disk.remedy else [])]

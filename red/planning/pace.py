@@ -45,8 +45,8 @@ def step_seconds(shape: PreTrainedConfig, config: REDConfig, length: int) -> Pac
         return Pace(counted.total * tokens / rate, True, "products alone, at this device's measured rate")
     at_once = max(min(config.per_device_train_batch_size, TOKENS // length), 1)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
-        layer = _layer_seconds(shape, at_once, length, grad=False)
-        narrow = _layer_seconds(student_config(shape, config.hidden_size), at_once, length, grad=True)
+        layer = _layer_seconds(shape, at_once, length, grad=False, bf16=config.bf16)
+        narrow = _layer_seconds(student_config(shape, config.hidden_size), at_once, length, grad=True, bf16=config.bf16)
     again = narrow / 3 if config.checkpointing == "full" else 0.0  # a forward pass, of three
     student = sizes.narrowed(config.hidden_size)
     beside = 2 * sizes.head + 6 * student.head + counted.projections + counted.targets  # FLOPs a token outside the layers
@@ -54,8 +54,8 @@ def step_seconds(shape: PreTrainedConfig, config: REDConfig, length: int) -> Pac
     return Pace(seconds, False, "from a layer of each model, timed on this device just now")
 
 
-def _layer_seconds(config: PreTrainedConfig, rows: int, length: int, *, grad: bool) -> float:
-    """Seconds of a decoder layer on `rows` rows, forward, and backward with `grad`."""
+def _layer_seconds(config: PreTrainedConfig, rows: int, length: int, *, grad: bool, bf16: bool) -> float:
+    """Seconds of a decoder layer on `rows` rows, forward, and backward with `grad`; under autocast with `bf16`."""
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
     for name in ("layer_types", "no_rope_layers"):
@@ -65,7 +65,7 @@ def _layer_seconds(config: PreTrainedConfig, rows: int, length: int, *, grad: bo
     ids, positions = torch.zeros(rows, length, dtype=torch.long), torch.arange(length).expand(rows, length)
 
     def run() -> None:
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             if grad:
                 hidden.sum().backward()
