@@ -36,7 +36,7 @@ def parts(trainer) -> dict[str, int]:
                 STEP_ONLY: masters, "Adam's moments": ADAM_MOMENTS * masters}
 
     sizes, width, item = costs.Sizes.of(teacher.config), student.config.hidden_size, student.dtype.itemsize
-    tokens, compute = args.per_device_train_batch_size * _length(trainer), costs.BF16 if args.bf16 else item
+    tokens, compute = args.per_device_train_batch_size * row_length(trainer), costs.BF16 if args.bf16 else item
     gathers = projections.channels is not None and args.tap_target in ("auto", "gather")
     chunk = args.loss_chunk_size or (None if args.device.type == "cuda" else CHUNK)
     taps = costs.tap_bytes(sizes, width, tokens, args.checkpointing, "gather" if gathers else "projected", compute) if args.tap_weight else 0
@@ -51,7 +51,7 @@ def needed(found: dict[str, int]) -> int:
     return sum(found.values()) - passing - found[STEP_ONLY] + max(passing, found[STEP_ONLY])
 
 
-def _length(trainer) -> int:
+def row_length(trainer) -> int:
     """Tokens of a row: without packing as many as the longest document has."""
     return getattr(trainer.train_dataset, "length", trainer.args.max_length)
 
@@ -71,13 +71,13 @@ def advice(trainer, error: BaseException) -> str:
         remedies.append("checkpointing=full")
     if not args.bf16:
         remedies.append("bf16=True")
-    remedies.append(f"a max_length below {_length(trainer)}")
+    remedies.append(f"a max_length below {row_length(trainer)}")
     remedies.append(f"a loss_chunk_size below {args.loss_chunk_size}" if args.loss_chunk_size else "loss_chunk_size=1024")
     memory = ""
     if args.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(args.device)
         memory = f" The device has {in_gib(total)}, {in_gib(free)} of it free, and torch held at most {in_gib(torch.cuda.max_memory_allocated(args.device))}."
-    return (f"Out of memory at step {trainer.state.global_step + 1}: {args.per_device_train_batch_size} rows of {_length(trainer)} tokens, teacher of {config.num_hidden_layers} layers of "
+    return (f"Out of memory at step {trainer.state.global_step + 1}: {args.per_device_train_batch_size} rows of {row_length(trainer)} tokens, teacher of {config.num_hidden_layers} layers of "
             f"width {config.hidden_size}, student of width {args.hidden_size}, vocabulary {config.vocab_size}.{memory} By shapes this rank needs about "
             f"{in_gib(needed(found))}: {listed}. Lower, one after another: {'; '.join(remedies)}. What torch said: {str(error).split('. ')[0]}.")
 
