@@ -19,6 +19,7 @@ from red.prepare import calibration_batches, check_request, ready_calibration, s
 from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.starting import fit_of
+from red.training.run_lock import LOCK, only_run
 
 
 @dataclass
@@ -61,7 +62,16 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
     if config.world_size > 1:
         raise REDError(f"compress is the work of one process, and {config.world_size} were started. Start it without torchrun or accelerate launch.")
     folder = Path(config.output_dir)
-    require_empty_output(folder, ignoring=(*STARTS, *leftovers(folder)))
+
+    def check() -> Path:
+        return require_empty_output(folder, ignoring=(*STARTS, *leftovers(folder), LOCK))
+
+    check()
+    with only_run(config, check):
+        return _compress(teacher, data, tokenizer, calibration, dtype, config, folder)
+
+
+def _compress(teacher, data, tokenizer, calibration, dtype, config: REDConfig, folder: Path) -> CompressResult:
     record = Record(config, "compress")
     teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
     teacher = teacher.eval().to(config.device)

@@ -19,6 +19,7 @@ from red.prepare import check_shape, load_teacher, require_packing
 from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.data.streaming import require_max_steps
+from red.training.run_lock import only_run
 from red.training.trainer import REDTrainer
 
 if TYPE_CHECKING:
@@ -72,17 +73,18 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     train_data = training_source(train_data, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)  # before minutes go into the teacher
-    record = Record(config, "red", resumed=bool(resume))
-    teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
-    trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
-                         calibration=calibration, callbacks=callbacks)
-    record.training(trainer, train_data)
-    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
-    if eval_data is not None:
-        metrics |= trainer.evaluate()
-    report = trainer.export(path)
-    record.finish(trainer.student, metrics, report)
-    trainer.accelerator.wait_for_everyone()
+    with only_run(config, lambda: _students_place(config, resume)):
+        record = Record(config, "red", resumed=bool(resume))
+        teacher, tokenizer = with_tokenizer(teacher, tokenizer, config)
+        trainer = REDTrainer(teacher, config, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
+                             calibration=calibration, callbacks=callbacks)
+        record.training(trainer, train_data)
+        metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+        if eval_data is not None:
+            metrics |= trainer.evaluate()
+        report = trainer.export(path)
+        record.finish(trainer.student, metrics, report)
+        trainer.accelerator.wait_for_everyone()
     return DistillResult(trainer.student, path, metrics, trainer)
 
 
@@ -103,7 +105,11 @@ def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: 
         require_max_steps(config.max_steps)
     shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
     check_shape(shape, config)
-    return teacher, students_place(config.output_dir, resume, ignoring=(*STARTS, *leftovers(config.output_dir)))  # an interrupted fit goes on
+    return teacher, _students_place(config, resume)
+
+
+def _students_place(config: REDConfig, resume: bool | str | Path) -> Path:
+    return students_place(config.output_dir, resume, ignoring=(*STARTS, *leftovers(config.output_dir)))  # an interrupted fit goes on
 
 
 def training_source(given, config: REDConfig):

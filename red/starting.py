@@ -116,8 +116,10 @@ def start_cost(config: REDConfig, teacher: PreTrainedConfig, tokens: int, teache
                     teacher_bytes=teacher_bytes, rate=measured_rate(config.device))
 
 
-def forecast_of(config: REDConfig) -> str:
+def forecast_of(config: REDConfig, tokens: int | None = None) -> str:
     """What the start will cost, in words: from the teacher's config and this device's rate of multiplying; no weight is read.
+
+    `tokens` are of the calibration; None takes calibration_samples full rows, which is all that a larger text gives.
 
     Raises:
         REDError: no teacher, an unsupported family, a width that cannot be, or an unknown start.
@@ -126,7 +128,7 @@ def forecast_of(config: REDConfig) -> str:
         raise REDError("A forecast needs a teacher. Give teacher_model_name_or_path.")
     teacher = teacher_config(config.teacher_model_name_or_path)
     check_width(teacher, config.hidden_size)
-    tokens, fit = config.calibration_samples * config.max_length, fit_of(config)
+    tokens, fit = config.calibration_samples * config.max_length if tokens is None else tokens, fit_of(config)
     cost = start_cost(config, teacher, tokens, 4 if config.device.type == "cpu" else 2)
     return (f"{config.teacher_model_name_or_path}: hidden_size {teacher.hidden_size} -> {config.hidden_size}, {teacher.num_hidden_layers} layers, "
             f"start={config.start}, start_fit={fit}, {tokens:,} tokens of calibration\n{cost}")

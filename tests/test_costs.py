@@ -100,12 +100,12 @@ def test_the_published_target_of_a_step():
 
 # ---- memory ----
 
-def forward(dtype: torch.dtype, family: str, kind: str = "none", watch=lambda parameters: nullcontext(), at_end=lambda alive: None):
+def forward(dtype: torch.dtype, family: str, kind: str = "none", compute: torch.dtype = torch.bfloat16, watch=lambda parameters: nullcontext(), at_end=lambda alive: None):
     """A forward pass of a student with taps, under autocast as the trainer runs it, and the bytes that autograd saved, parameters aside.
 
     `at_end` is called where the trainer computes the loss.
     """
-    teacher = build_tiny_model(family, dtype=torch.bfloat16, **LARGER)
+    teacher = build_tiny_model(family, dtype=compute, **LARGER)
     projections = started(teacher, NARROW, dtype, start="activation")
     student, taps = projections.student.train(), Taps(teacher, projections.student, projections, target="gather")
     checkpointing.enable(student, kind)
@@ -120,7 +120,7 @@ def forward(dtype: torch.dtype, family: str, kind: str = "none", watch=lambda pa
             saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16), watch([*teacher.parameters(), *student.parameters(), *projections.parameters()]) as alive:
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16), watch([*teacher.parameters(), *student.parameters(), *projections.parameters()]) as alive:
         with taps.recording(), torch.no_grad():
             teacher.model(input_ids=ids, use_cache=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), taps.comparing(None, None):
@@ -130,12 +130,13 @@ def forward(dtype: torch.dtype, family: str, kind: str = "none", watch=lambda pa
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
-def test_saved_bytes_of_taps_and_activations(dtype, family):
-    sizes, _, _, saved = forward(dtype, family)
-    student = sizes.narrowed(NARROW)
-    size, casts = dtype.itemsize, 0 if dtype == torch.bfloat16 else costs.BF16 * student.layers * student.layer
-    expected = costs.activation_bytes(student, TOKENS, student_bytes=size) + costs.tap_bytes(sizes, NARROW, TOKENS) + casts
+@pytest.mark.parametrize("dtype, compute", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)], ids=["bfloat16", "autocast", "float32"])
+def test_saved_bytes_of_taps_and_activations(dtype, compute, family):
+    sizes, _, _, saved = forward(dtype, family, compute=compute)
+    student, kinds = sizes.narrowed(NARROW), dict(compute_bytes=compute.itemsize)
+    size, casts = dtype.itemsize, 0 if dtype == compute else costs.BF16 * student.layers * student.layer
+    assert costs.cast_bytes(student, size, **kinds) == (0 if dtype == compute else costs.BF16 * student.matrices)  # the head's comes with the loss
+    expected = costs.activation_bytes(student, TOKENS, student_bytes=size, **kinds) + costs.tap_bytes(sizes, NARROW, TOKENS, **kinds) + casts
     assert saved == pytest.approx(expected, rel=0.005)
 
 

@@ -14,11 +14,12 @@ from tiny_models import build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_trainer
 
 from red.planning import dry_run
+from red.planning.pace import Pace
 from red.cli import main
 from red.config import REDConfig
 from red.data.loading import IGNORE, load_examples
 from red.lori.checkpoints import STATE
-from red.training.checkpoint_folders import seal
+from red.training.checkpoint_folders import checkpoints, seal
 
 SETTINGS = dict(hidden_size=16, max_length=24, per_device_train_batch_size=3, learning_rate=1e-3, start="fitted", use_cpu=True, report_to="none", disable_tqdm=True,
                 save_strategy="no", calibration_samples=4)
@@ -79,9 +80,10 @@ def test_the_first_row_is_the_one_that_is_trained_on_first(folder, tmp_path, cap
     trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", source, **given) if not settings.get("streaming") else _streaming(tmp_path / "real", source, tokenizer, given)
     trainer.train()
     row = {key: value[0].tolist() for key, value in trainer.seen[0].items()}
-    used = sum(row["token_mask"])
+    used, words_of_row = sum(row["token_mask"]), row["input_ids"]
     words = tokenizer.convert_ids_to_tokens(row["input_ids"][:used])
     assert shown(text) == [(word, label != IGNORE) for word, label in zip(words, row["labels"][:used], strict=True)]
+    assert f"a step of 3 rows of {len(words_of_row)} tokens takes about" in text and (settings.get("packing", True) or len(words_of_row) < SETTINGS["max_length"])
     assert f"{used:,} tokens and" in re.sub(r"documents? of ", "", text) and len(words) > 3
     assert f"{sum(label != IGNORE for label in row['labels'])} tokens count in the loss" in text
 
@@ -95,7 +97,8 @@ def _streaming(folder, source, tokenizer, given):
 def test_the_plan_is_what_the_training_has(folder, tmp_path, capsys):
     text = told(folder, capsys, train_file=str(folder / "text.txt"), num_train_epochs=1.5, gradient_accumulation_steps=2, save_strategy="steps", save_steps=4)
     examples = load_examples(folder / "text.txt", build_tiny_tokenizer())
-    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", examples, **{**SETTINGS, "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "start": "activation"})
+    given = {**SETTINGS, "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "start": "activation", "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(build_tiny_model("llama"), tmp_path / "real", examples, **given)
     trainer.train()
     teacher, student = build_tiny_model("llama").num_parameters(), trainer.student.num_parameters()
     trained = sum(factor.master.numel() for factor in trainer.projections)
@@ -108,6 +111,9 @@ def test_the_plan_is_what_the_training_has(folder, tmp_path, capsys):
     for words in ("fitted, start_fit=full, calibrated on the first 4 rows of 24 tokens", "s a step", "checkpoint-N every 4 steps, start.safetensors",
                   str(folder / "run" / "student"), "GiB free (cpu)"):
         assert words in text, words
+    assert f"; {len(checkpoints(tmp_path / 'real'))} checkpoints of" in text and trainer.state.global_step > 4, "also where epochs say how many steps"
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), calibration_samples=1000)
+    assert f"calibrated on the first {rows} rows of 24 tokens" in text, "no more than there are"
 
 
 @pytest.mark.parametrize("rows, settings, steps", [(10, {}, 12), (10, dict(dataloader_drop_last=True), 9), (None, {}, None), (None, dict(max_steps=7), 7), (2, dict(gradient_accumulation_steps=4), 3)])
@@ -120,7 +126,28 @@ def test_a_big_text_is_not_read_whole(folder, capsys, monkeypatch):
     text = told(folder, capsys, train_file=str(folder / "text.txt"), token_cache_dir=str(folder / "cache"))
     assert "not counted here" in text and "3 epochs; 72 tokens a step" in text
     assert [word for word, _ in shown(text)][:4] == document(0).split()[:4], "the text's beginning"
-    assert "s a step" in told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
+    text = told(folder, capsys, train_file=str(folder / "text.txt"), packing=False)
+    assert "s a step" in text and "3 rows of 24 tokens takes at most about" in text, "the longest document is not known"
+
+
+def test_what_remains_of_a_resumed_run(folder, tmp_path, monkeypatch):
+    """Against what the resumed training does; 2 h a step."""
+    monkeypatch.setattr(dry_run, "step_seconds", lambda *_: Pace(7200.0, False, "by hand"))
+    given = {**SETTINGS, "start": "activation", "save_strategy": "steps", "save_steps": 2, "train_file": str(folder / "text.txt"), "teacher_model_name_or_path": str(folder / "teacher")}
+    examples = load_examples(folder / "text.txt", build_tiny_tokenizer())
+    make_trainer(build_tiny_model("llama"), tmp_path / "run", examples, **{**given, "max_steps": 2}).train()
+    longer = REDConfig(**{**given, "max_steps": 9, "output_dir": str(tmp_path / "run")})
+    text = dry_run.dry_run(longer, resume=True)
+    assert "9 steps, 648 tokens" in text and "; 2 are done, 7 remain; 72 tokens a step" in text and "about 18.0 h, 14.0 h of it for the steps that remain: 7.2e+03 s a step, by hand" in text
+    assert "; 4 checkpoints of" in text, "after 4, 6, 8 and 9 steps"
+    assert dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2") == text
+    resumed = make_trainer(build_tiny_model("llama"), tmp_path / "run", examples, **{**given, "max_steps": 9})
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.seen) == 7
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("{")
+    assert " remain" not in dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2"), "a checkpoint that does not say how far it is"
+    monkeypatch.setattr(dry_run, "step_seconds", lambda *_: Pace(7200.0, True, "by hand"))
+    assert "at least 18.0 h" in dry_run.dry_run(longer, resume=tmp_path / "run" / "checkpoint-2")
 
 
 def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys, monkeypatch):
@@ -202,9 +229,11 @@ def test_lori_tells_its_plan_and_the_first_problem(tmp_path, capsys, preset, bet
     assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 2
     assert "was made with target='other'" in capsys.readouterr().err
     save_file({"a": torch.zeros(1)}, _made(begun / "checkpoint-4") / STATE, metadata={"run": "{}"})
+    (begun / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
     seal(begun / "checkpoint-4", step=4, save=2)
     assert main([str(word) for word in [*given, "--output_dir", begun, "--resume"]]) == 0
-    assert f"goes on from {begun / 'checkpoint-4'}\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"goes on from {begun / 'checkpoint-4'}\n" in text and "9 steps of 4 problems; 4 are done, 5 remain\n" in text
 
 
 def test_lori_refuses_what_its_training_would(tmp_path, capsys):

@@ -80,6 +80,17 @@ def test_rings():
     assert within.seconds - whole.seconds == pytest.approx(summed / 50e9) and within.gradients - whole.gradients == pytest.approx(summed)
 
 
+@pytest.mark.parametrize("gpus, sharding, dtype, said", [(1, "full", "bfloat16", "in bfloat16\n"), (8, "full", "bfloat16", "in bfloat16 on one GPU, in float32 on several\n"),
+                                                         (8, "none", "bfloat16", "in bfloat16 on one GPU, in float32 on several\n"), (8, "none", "float32", "in float32\n")])
+def test_the_students_dtype_is_that_of_its_bytes(gpus, sharding, dtype, said):
+    found = red.plan(*LLAMA, gpus=gpus, sharding=sharding, student_dtype=dtype)
+    for one in found.placements:
+        casts = 0 if one.shards > 1 or one.memory.student == 2 * found.student.parameters else 2 * found.student.matrices
+        size = (one.memory.student - casts) * one.shards / found.student.parameters
+        assert round(size) == (2 if dtype == "bfloat16" and one.gpus == 1 else 4)
+    assert f"student {said}" in str(found)
+
+
 def test_a_teacher_by_name_folder_file_and_config(tmp_path):
     config = build_tiny_model("qwen2").config
     config.save_pretrained(tmp_path)

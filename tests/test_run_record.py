@@ -218,9 +218,11 @@ def test_the_forecast_is_reds_own(tmp_path, monkeypatch, tiny_teacher):
     trainer = make_trainer(tiny_teacher(), tmp_path / "run", gradient_accumulation_steps=2)
     monkeypatch.setattr(measuring, "measured_rate", lambda device: 1e9)
     found = measuring.forecast_training(trainer)
-    assert found["parts"] == memory_advice.parts(trainer) and found["bytes"] == sum(found["parts"].values()) and found["step_tokens"] == 2 * 2 * 16
+    assert found["parts"] == memory_advice.parts(trainer) and found["bytes"] == memory_advice.needed(found["parts"]) and found["step_tokens"] == 2 * 2 * 16
     counted = costs.flops(costs.Sizes.of(trainer.teacher.config), NARROW, context=16, sharing=64, tap_target="gather").total
     assert found["step_seconds"] == pytest.approx(counted * 64 / 1e9)
+    padded = make_trainer(tiny_teacher(), tmp_path / "padded", [{"input_ids": [5] * 9}] * 4, packing=False)
+    assert measuring.forecast_training(padded)["step_tokens"] == 2 * 9, "rows are as long as the longest document"
     monkeypatch.setattr(measuring, "_known_gpu", lambda device: "H100")
     there = plan(
         trainer.teacher.config,

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from red.planning import costs
+from red.planning.memory_advice import CHUNK
 from red.data import loading as data
 from red.training import losses
 from red.training.checkpoints import ADAM_MOMENTS
@@ -198,11 +199,11 @@ def states(teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Finding:
     return Finding("states", True, f"finite after the embedding and all {len(found) - 1} layers; the largest is {max(state[real].abs().max().item() for state in found):.3g}")
 
 
-def disk(sizes: costs.Sizes, config: REDConfig) -> Finding:
-    """Room for the checkpoints to come and the exported student, from shapes."""
+def disk(sizes: costs.Sizes, config: REDConfig, steps: int | None = None, done: int = 0) -> Finding:
+    """Room for the checkpoints to come and the exported student, from shapes; `done` of the `steps` lie behind it. None: as many as max_steps says."""
     student = (costs.FP32 if config.device.type == "cpu" else costs.BF16) * sizes.narrowed(config.hidden_size).parameters
     masters = costs.FP32 * costs.trainable(sizes, config.hidden_size)
-    each, number = student + (1 + ADAM_MOMENTS) * masters, _checkpoints(config)
+    each, number = student + (1 + ADAM_MOMENTS) * masters, _checkpoints(config, steps or config.max_steps, done)
     needed = number * each + student + masters  # the start is kept too
     folder = next(path for path in [Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents] if path.exists())
     free = shutil.disk_usage(folder).free
@@ -212,13 +213,20 @@ def disk(sizes: costs.Sizes, config: REDConfig) -> Finding:
     return Finding("disk", True, found)
 
 
-def memory(sizes: costs.Sizes, config: REDConfig, free: int) -> Finding:
-    """Room for a training step, from shapes; `free` bytes were there before the teacher was read. A CPU trains in float32, a GPU as `red plan` says."""
-    tokens = config.per_device_train_batch_size * config.max_length
-    forecast = costs.memory(sizes, config.hidden_size, tokens, checkpointing=config.checkpointing, tap_target="projected", student_bytes=costs.BF16 if config.bf16 else costs.FP32)
-    on_cpu = config.device.type == "cpu"
-    needed = forecast.peak + (forecast.teacher + forecast.activations + forecast.taps - forecast.context if on_cpu else 0)  # those are counted in 2 bytes
-    found = f"{in_gib(free)} free ({config.device.type}); a step of {config.per_device_train_batch_size} rows of {config.max_length} tokens takes about {in_gib(needed)}"
+def memory(sizes: costs.Sizes, config: REDConfig, free: int, length: int | None = None) -> Finding:
+    """Room for a training step, from shapes; `free` bytes were there before the teacher was read.
+    `length` is of the rows; None: max_length, which rows that are not packed need not reach."""
+    most = "at most " if length is None and not config.packing else ""
+    length = config.max_length if length is None else length
+    tokens = config.per_device_train_batch_size * length
+    on_cpu, narrow = config.device.type == "cpu", config.student_dtype
+    bf16_student = narrow == "bfloat16" or (narrow == "auto" and config.bf16 and not on_cpu and config.world_size == 1)
+    student_bytes = costs.BF16 if bf16_student else costs.FP32
+    teacher_bytes = {"auto": costs.FP32 if on_cpu else costs.BF16, "float32": costs.FP32, "float64": 8}.get(config.teacher_dtype, costs.BF16)
+    forecast = costs.memory(sizes, config.hidden_size, tokens, checkpointing=config.checkpointing, tap_target="projected", student_bytes=student_bytes, teacher_bytes=teacher_bytes,
+                            compute_bytes=costs.BF16 if config.bf16 else student_bytes, chunk=config.loss_chunk_size or (CHUNK if on_cpu else None))
+    needed = forecast.peak - (forecast.context if on_cpu else 0)
+    found = f"{in_gib(free)} free ({config.device.type}); a step of {config.per_device_train_batch_size} rows of {length} tokens takes {most}about {in_gib(needed)}"
     if config.sharding:
         return Finding("memory", None, f"{found} on one process; what sharding leaves of it, `red plan` says")
     if free < needed:
@@ -233,13 +241,13 @@ def documents(row: dict[str, Tensor]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], real], strict=True))
 
 
-def _checkpoints(config: REDConfig) -> int:
-    """How many are going to lie there at once; 1 where the number of steps is not known yet."""
+def _checkpoints(config: REDConfig, steps: int, done: int = 0) -> int:
+    """How many are going to be added, as many as stay at once; 1 where the number of steps is not known (0 or less)."""
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
     if strategy == "no":
         return 0
-    every = config.save_steps * config.max_steps if config.save_steps < 1 else config.save_steps
-    coming = math.ceil(config.max_steps / every) if strategy == "steps" and config.max_steps > 0 and every else 1
+    every = math.ceil(config.save_steps * steps) if config.save_steps < 1 else config.save_steps
+    coming = math.ceil(steps / every) - int(done // every) if strategy == "steps" and steps > 0 and every else 1
     if strategy == "epoch" and config.max_steps <= 0:
         coming = math.ceil(config.num_train_epochs)
     return min(coming, config.save_total_limit + 1) if config.save_total_limit else coming

@@ -28,6 +28,7 @@ from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
 from red.report.recording import Record, leftovers
 from red.settings import build_config
+from red.training.run_lock import only_run
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +77,16 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if teacher is None or source is None:
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
-    path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
+
+    def place() -> Path:
+        return students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
+
+    path = place()
+    with only_run(config, place):
+        return _distill(teacher, source, student, tokenizer, eval_data, config, callbacks, resume, path)
+
+
+def _distill(teacher, source, student, tokenizer, eval_data, config: LoRiConfig, callbacks, resume: bool | str | Path, path: Path) -> LoRiResult:
     checkpoint = (last_checkpoint(config.output_dir) if resume is True else resume) or None
     if checkpoint:  # before the teacher is read
         require_same_run(checkpoint, settings_of(config))

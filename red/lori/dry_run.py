@@ -7,14 +7,14 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from red.distillation import _tokenizer_beside
-from red.planning.dry_run import printable, steps_of
+from red.planning.dry_run import left, printable, steps_of
 from red.errors import REDError
 from red.lori.checkpoints import require_same_run, settings_of
 from red.lori.config import PRESETS, LoRiConfig
 from red.lori.data import encode_rows, load_rows
 from red.lori.distillation import TRAJECTORIES, _check_steps, _named_dataset, check_layers
 from red.report.recording import leftovers
-from red.training.checkpoint_folders import last_checkpoint, students_place
+from red.training.checkpoint_folders import last_checkpoint, steps_done, students_place
 
 
 def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
@@ -47,7 +47,7 @@ def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
             ("student", f"starts from {config.model_name_or_path or 'the weights of the teacher'}, {f'LoRA of rank {config.lora_rank}' if config.lora_rank else 'all weights trained'}"),
             ("method", f"preset {config.preset}: " + ", ".join(f"{name}={getattr(config, name)}" for name in PRESETS[config.preset])),
             ("data", f"{config.train_file or config.dataset_name}: {len(rows):,} problems, the longest of {longest} tokens"),
-            ("training", f"{steps:,} steps of {own * config.world_size} problems"),
+            ("training", f"{steps:,} steps of {own * config.world_size} problems{left(steps, steps_done(checkpoint) if checkpoint else None)}"),
             *([("start", f"goes on from {checkpoint}")] if checkpoint else []),
             ("output", f"{student}{', and the trajectories of the teacher' * config.needs_trajectories}")]
     return printable("\n".join(["Dry run: nothing is trained, no weight is read, and nothing is written.", "", *(f"{name:<9} {text}" for name, text in said), "",

@@ -162,7 +162,7 @@ class Memory:
 
 
 def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas: int = 1, whole_gradients: bool = False, checkpointing: str = "none",
-           tap_target: str = "gather", student_bytes: int = BF16) -> Memory:
+           tap_target: str = "gather", student_bytes: int = BF16, teacher_bytes: int = BF16, compute_bytes: int = BF16, chunk: int | None = None) -> Memory:
     """Bytes on each GPU with `tokens` a micro-batch.
 
     Args:
@@ -171,18 +171,22 @@ def memory(teacher: Sizes, width: int, tokens: int, *, shards: int = 1, replicas
         whole_gradients: FSDP2 adds a step's micro-batches up before it reduces, so every GPU holds the sum of all gradients.
         checkpointing, tap_target: as in `flops`.
         student_bytes: of an entry of the student's weights on one GPU: 2, or 4 for fp32 under autocast. Shards are fp32 and gathered in bf16.
+        teacher_bytes: of an entry of the teacher's weights.
+        compute_bytes: of an entry of what a product returns: 2 in bf16, 4 without autocast (then the student's weights are fp32 too).
+        chunk: as in `loss_bytes`.
     """
     student, trained = teacher.narrowed(width), trainable(teacher, width)
     sharded = shards > 1
-    cast = 0 if sharded or student_bytes == BF16 else BF16 * student.matrices  # autocast's copies of the weights, kept for the backward pass
+    cast = 0 if sharded else cast_bytes(student, student_bytes, compute_bytes)
     gathered = 2 * BF16 * (teacher.layer + student.layer) + BF16 * (teacher.matrices - teacher.layers * teacher.layer) + BF16 * (
         student.matrices - student.layers * student.layer) + 2 * FP32 * student.layer if sharded else 0
     return Memory(
-        teacher=BF16 * teacher.parameters // shards, student=(FP32 if sharded else student_bytes) * student.parameters // shards + cast,
+        teacher=teacher_bytes * teacher.parameters // shards, student=(FP32 if sharded else student_bytes) * student.parameters // shards + cast,
         projections=FP32 * trained // shards, adam=2 * FP32 * trained // shards, gradients=FP32 * student.parameters // (1 if whole_gradients else shards),
         buckets=FP32 * student.parameters if replicas > 1 and not sharded else 0, gathered=gathered,
-        taps=tap_bytes(teacher, width, tokens, checkpointing, tap_target), activations=activation_bytes(student, tokens, checkpointing, student_bytes),
-        loss=loss_bytes(teacher, width, tokens), context=CONTEXT,
+        taps=tap_bytes(teacher, width, tokens, checkpointing, tap_target, compute_bytes),
+        activations=activation_bytes(student, tokens, checkpointing, student_bytes, compute_bytes),
+        loss=loss_bytes(teacher, width, tokens, compute_bytes, chunk), context=CONTEXT,
         step_only=FP32 * trained // shards + FP32 * teacher.vocabulary * width // shards,
     )
 
@@ -192,36 +196,44 @@ def start_bytes(teacher: Sizes, width: int) -> int:
     return BF16 * teacher.parameters + FP32 * (teacher.narrowed(width).parameters + trainable(teacher, width))
 
 
-def tap_bytes(teacher: Sizes, width: int, tokens: int, checkpointing: str = "none", tap_target: str = "gather") -> int:
-    """What the taps keep, bf16: differences from the student's outputs, each in its target's stead; under full checkpointing the targets themselves wait
+def tap_bytes(teacher: Sizes, width: int, tokens: int, checkpointing: str = "none", tap_target: str = "gather", compute_bytes: int = BF16) -> int:
+    """What the taps keep: differences from the student's outputs, each in its target's stead; under full checkpointing the targets themselves wait
     for the backward pass, those of the two writers at the teacher's width where they are gathered from it.
     """
     outputs = 2 * (teacher.width if (checkpointing, tap_target) == ("full", "gather") else width)
-    return BF16 * tokens * teacher.layers * (teacher.readers + outputs)
+    return compute_bytes * tokens * teacher.layers * (teacher.readers + outputs)
 
 
-def activation_bytes(student: Sizes, tokens: int, checkpointing: str = "none", student_bytes: int = BF16) -> int:
+def cast_bytes(student: Sizes, student_bytes: int, compute_bytes: int = BF16) -> int:
+    """Autocast's copies of the student's weights, kept for the backward pass."""
+    return compute_bytes * student.matrices if compute_bytes < student_bytes else 0
+
+
+def activation_bytes(student: Sizes, tokens: int, checkpointing: str = "none", student_bytes: int = BF16, compute_bytes: int = BF16) -> int:
     """What autograd keeps of the student's layers and its final norm, parameters and taps aside."""
     narrow, query, ffn = student.width, student.query, student.ffn
-    if student_bytes == BF16:  # a norm keeps its input in fp32, the normalised stream, and its result, which its readers share
-        norms = 2 * (FP32 + BF16 + BF16) * narrow
+    if student_bytes == compute_bytes:  # a norm keeps its input in fp32, the normalised stream, and its result, which its readers share
+        norms = 2 * (FP32 + 2 * student_bytes) * narrow
     else:  # stream and normalised stream in fp32, and a bf16 copy for each of the five readers
-        norms = (2 * (FP32 + FP32) + 5 * BF16) * narrow
+        norms = (2 * (FP32 + FP32) + 5 * compute_bytes) * narrow
     head_norms = FP32 * (query + student.key) if student.head_norms else 0  # their gains are frozen, so the normalised heads need not stay
-    outcome = BF16 * query + FP32 * student.heads  # of attention, and the logarithms of its sums
-    whole = norms + head_norms + BF16 * (query + 2 * student.key) + outcome + BF16 * 4 * ffn
+    outcome = compute_bytes * query + FP32 * student.heads  # of attention, and the logarithms of its sums
+    whole = norms + head_norms + compute_bytes * (query + 2 * student.key) + outcome + compute_bytes * 4 * ffn
     stream = student_bytes * narrow
     last = (FP32 + student_bytes) * narrow  # the final norm; its result is counted with the loss
-    kept = {"none": whole, "cheap": BF16 * (student.readers + 2 * narrow) + outcome + stream, "full": stream}[checkpointing]
+    kept = {"none": whole, "cheap": compute_bytes * (student.readers + 2 * narrow) + outcome + stream, "full": stream}[checkpointing]
     at_work = 0 if checkpointing == "none" else whole
     return tokens * (student.layers * kept + at_work + last)
 
 
-def loss_bytes(teacher: Sizes, width: int, tokens: int) -> int:
-    """linear_kd: the head's gradient summed in fp32, both models' logits of one chunk, and the last hidden states with their gradient."""
+def loss_bytes(teacher: Sizes, width: int, tokens: int, compute_bytes: int = BF16, chunk: int | None = None) -> int:
+    """linear_kd: the head's gradient summed in fp32, both models' logits of one chunk, and the last hidden states with their gradient.
+
+    `chunk` is in tokens; None is what the GPU's kernel takes.
+    """
     gradient = FP32 * teacher.vocabulary * width
-    chunk = chunk_rows(tokens, 2 * BF16 * teacher.vocabulary, gradient // 2)
-    return gradient + 2 * BF16 * chunk * teacher.vocabulary + BF16 * tokens * (teacher.width + width)
+    rows = chunk_rows(tokens, 2 * BF16 * teacher.vocabulary, gradient // 2) if chunk is None else min(chunk, tokens)
+    return gradient + 2 * compute_bytes * rows * teacher.vocabulary + compute_bytes * tokens * (teacher.width + width)
 
 
 def chunk_rows(tokens: int, row_bytes: int, held: int) -> int:

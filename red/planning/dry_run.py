@@ -10,7 +10,6 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from accelerate.data_loader import SeedableRandomSampler
 from transformers import PreTrainedTokenizerBase
 
@@ -18,17 +17,17 @@ from red.calibration import Calibration
 from red.planning import costs
 from red.doctor import checks as doctor_checks
 from red.training.canary import canary_problems
-from red.training.checkpoint_folders import checkpoints, complete
+from red.training.checkpoint_folders import checkpoints, complete, steps_done
 from red.config import REDConfig
 from red.planning.costs import Sizes
 from red.distillation import _tokenizer_beside, check_run, training_source
 from red.doctor.examination import free_memory
 from red.families import teacher_config
 from red.files import START_FILE
-from red.fitting.forecast import duration, measured_rate
+from red.fitting.forecast import duration
 from red.data.packing import IGNORE
 from red.planning.report import aligned
-from red.planning.planner import UTILISATION
+from red.planning.pace import step_seconds
 from red.prepare import training_rows
 from red.starting import fit_of, forecast_of
 from red.data.streaming import PackedStream
@@ -47,6 +46,8 @@ def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume:
         REDError: what `red.distill` would refuse before it reads a weight, and text that it would refuse.
     """
     teacher, student = check_run(None, None, config, resume)
+    if resume is True:  # the one that was saved last, which is another than the highest where a run went back; an unsealed one is refused later
+        resume = (complete(config.output_dir) or checkpoints(config.output_dir))[-1]
     if calibration:
         Calibration.load(calibration)  # what is no such file is refused
     if config.canary_steps:
@@ -55,8 +56,9 @@ def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume:
     sizes = Sizes.of(shape)
     rows, batch, told = _text(config, tokenizer, shape)
     lines = ["Dry run: nothing is trained, no weight is read, and nothing is written.", "", *_shapes(teacher, sizes, shape, config), ""]
+    done, steps = steps_done(resume) if resume else None, steps_of(config, None if rows is None else len(rows))
     said = [("trained", f"{costs.trainable(sizes, config.hidden_size):,} parameters: the projections and the norms' gains; the teacher's weights stay frozen"),
-            *_start(config, calibration, resume), ("text", told), *_training(config, rows, sizes), *_output(config, student, sizes)]
+            *_start(config, calibration, resume, rows), ("text", told), *_training(config, rows, shape, steps, done), *_output(config, student, sizes, steps, done or 0)]
     lines += [f"{name:<9} {text}" for name, text in said]
     return "\n".join([*lines, "", *_shown(batch, tokenizer)])
 
@@ -73,13 +75,12 @@ def _shapes(teacher, sizes: Sizes, shape, config: REDConfig) -> list[str]:
     return [str(teacher), *aligned(rows)]
 
 
-def _start(config: REDConfig, calibration, resume) -> list[tuple[str, str]]:
+def _start(config: REDConfig, calibration, resume, rows) -> list[tuple[str, str]]:
     if resume:
-        if resume is True:  # the one that was saved last, which is another than the highest where a run went back; an unsealed one is refused later
-            resume = (complete(config.output_dir) or checkpoints(config.output_dir))[-1]
         return [("start", f"goes on from {resume}")]
-    on = f"statistics from {calibration}" if calibration else f"calibrated on the first {config.calibration_samples} rows of {config.max_length} tokens of the text"
-    return [("start", f"{config.start}, start_fit={fit_of(config)}, {on}"), ("", forecast_of(config).partition("\n")[2])]
+    count, length = (config.calibration_samples, config.max_length) if rows is None else (min(config.calibration_samples, len(rows)), rows.length)
+    on = f"statistics from {calibration}" if calibration else f"calibrated on the first {count} rows of {length} tokens of the text"
+    return [("start", f"{config.start}, start_fit={fit_of(config)}, {on}"), ("", forecast_of(config, count * length).partition("\n")[2])]
 
 
 def _text(config: REDConfig, tokenizer: PreTrainedTokenizerBase, shape) -> tuple:
@@ -115,30 +116,35 @@ def steps_of(config: REDConfig, rows: int | None) -> int | None:
     return -int(-config.num_train_epochs * max(-(-batches // config.gradient_accumulation_steps), 1) // 1)
 
 
-def _training(config: REDConfig, rows, sizes: Sizes) -> list[tuple[str, str]]:
+def left(steps: int, done: int | None) -> str:
+    """What of `steps` a run that goes on still has to do, in words."""
+    return "" if done is None else f"; {done:,} are done, {max(steps - done, 0):,} remain"
+
+
+def _training(config: REDConfig, rows, shape, steps: int | None, done: int | None) -> list[tuple[str, str]]:
     own = config.per_device_train_batch_size * config.gradient_accumulation_steps  # rows of a step on one process
     length = rows.length if rows is not None else config.max_length
-    steps = steps_of(config, None if rows is None else len(rows))
     step = f"{own * config.world_size * length:,} tokens a step: "
     step += f"{_count(config.per_device_train_batch_size, 'row')} × {_count(config.gradient_accumulation_steps, 'micro-batch')} × {_count(config.world_size, 'process')}"
     total = "" if steps is None else f"{steps:,} steps, {steps * own * config.world_size * length:,} tokens"
     passes = "" if rows is None or steps is None else f" ({steps * own * config.world_size / len(rows):.2g} passes over the text)"
-    dtype = torch.bfloat16 if config.bf16 and config.device.type != "cpu" else torch.float32
-    flops = costs.flops(sizes, config.hidden_size, context=length, sharing=own * length, checkpointing=config.checkpointing, tap_target="projected").total * own * length
-    seconds = flops / (measured_rate(config.device, dtype=dtype) * UTILISATION)
-    memory = doctor_checks.memory(sizes, config, free_memory(config.device))
-    return [("training", f"{total}{passes}; {step}" if total else f"{config.num_train_epochs:g} epochs; {step}"),
-            ("time", f"{'' if steps is None else f'about {duration(seconds * steps)}: '}{seconds:.3g} s a step at {UTILISATION:.0%} (assumed) of this device's "
-                     f"measured rate of products{', communication not counted (red plan counts it)' * (config.world_size > 1)}"),
+    pace = step_seconds(shape, config, length)
+    word = "at least" if pace.floor else "about"
+    memory = doctor_checks.memory(Sizes.of(shape), config, free_memory(config.device), None if rows is None else length)
+    whole = "" if steps is None else f"{word} {duration(pace.seconds * steps)}"
+    if steps is not None:
+        whole += ": " if done is None else f", {duration(pace.seconds * max(steps - done, 0))} of it for the steps that remain: "
+    return [("training", f"{total}{passes}{left(steps, done)}; {step}" if steps is not None else f"{config.num_train_epochs:g} epochs; {step}"),
+            ("time", f"{whole}{pace.seconds:.3g} s a step, {pace.how}{', communication not counted (red plan counts it)' * (config.world_size > 1)}"),
             ("memory", memory.found), *([("", f"-> {memory.remedy}")] if memory.remedy else [])]
 
 
-def _output(config: REDConfig, student: Path, sizes: Sizes) -> list[tuple[str, str]]:
+def _output(config: REDConfig, student: Path, sizes: Sizes, steps: int | None, done: int) -> list[tuple[str, str]]:
     strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
     every = f"{config.save_steps:g} {'steps' if config.save_steps >= 1 else 'of the steps'}"
     saved = {"no": "no checkpoints", "steps": f"checkpoint-N every {every}"}.get(strategy, f"checkpoint-N at each {strategy}")
     trackers = ", ".join(name for name in config.report_to if name != "none")
-    disk = doctor_checks.disk(sizes, config)
+    disk = doctor_checks.disk(sizes, config, steps, done)
     fitted = f", {START_FILE}" * (fit_of(config) != "none")
     return [("output", f"{config.output_dir}: {saved}{fitted}, and the result in {student}{f'; logs to {trackers}' if trackers else ''}"),
             ("disk", disk.found), *([("", f"-> {disk.remedy}")] if disk.remedy else [])]

@@ -24,8 +24,8 @@ def report(it: Plan) -> str:
         f"parameters   teacher {billions(it.teacher.parameters)}, student {billions(it.student.parameters)}, trained {billions(it.trainable)}",
         f"GFLOP/token  {' + '.join(f'{name} {value / 1e9:.2f}' for name, value in pieces if value)} = {flops.total / 1e9:.2f}; "
         f"floor (2 teacher + 6 student) {flops.floor / 1e9:.2f}",
-        "", f"GiB on each GPU, sharding={settings['sharding']}, checkpointing={settings['checkpointing']}, student in "
-        f"{settings['student_dtype'] if settings['sharding'] == 'full' or len(it.placements) == 1 else 'float32 on several GPUs'}",
+        "", f"GiB on each GPU, sharding={settings['sharding']}, checkpointing={settings['checkpointing']}, student in {settings['student_dtype']}"
+        f"{' on one GPU, in float32 on several' if len(it.placements) > 1 and settings['student_dtype'] != 'float32' else ''}",
         *aligned(memory_rows(it)),
         "", f"Speed at {settings['utilisation']:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s of the data sheet: "
             f"{'assumed, not measured' if settings['utilisation'] == UTILISATION else 'as given'}",

@@ -21,7 +21,7 @@ from red.erank import stream_eranks
 from red.fitting.forecast import measured_rate
 from red.planning.gpus import GPUS
 from red.sharing.licences import name_of
-from red.planning.memory_advice import parts
+from red.planning.memory_advice import needed, parts, row_length
 from red.planning.planner import UTILISATION, plan
 from red.starting import from_file, start_cost
 from red.data.streaming import PackedStream
@@ -119,14 +119,14 @@ def forecast_start(config, teacher, tokens: int) -> dict | None:
         "host_bytes": cost.host_bytes,
         "device_bytes": cost.device_bytes,
         "flops": cost.flops,
-        "how": "counted operations at the rate this device reaches in one large float32 product",
+        "how": "counted operations at the rate this device reaches in one large float32 product, a floor",
     }
 
 
 def forecast_training(trainer) -> dict:
     """Seconds of a step and bytes at its peak on this rank: `red plan` for a GPU it knows, else counted operations and shapes."""
     args, config = trainer.args, trainer.teacher.config
-    rows, length, micro = args.per_device_train_batch_size, args.max_length, args.gradient_accumulation_steps
+    rows, length, micro = args.per_device_train_batch_size, row_length(trainer), args.gradient_accumulation_steps
     gathers = trainer.projections.channels is not None and args.tap_target in ("auto", "gather")
     common = dict(checkpointing=args.checkpointing, tap_target="gather" if gathers else "projected")
     gpu = _known_gpu(args.device)
@@ -160,7 +160,7 @@ def forecast_training(trainer) -> dict:
     return {
         "step_seconds": seconds,
         "step_tokens": own * args.world_size,
-        "bytes": sum(held.values()),
+        "bytes": needed(held),
         "parts": held,
         "how": "counted operations at the rate this device reaches in one large float32 product, a floor; bytes by shapes",
     }

@@ -20,10 +20,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from red.errors import REDError
 from red.files import atomic_write_json, require_empty_output, require_existing, sync
+from red.training.run_lock import LOCK
 
 MANIFEST = "manifest.json"
 SAVING = "_saving"  # an upload to the hub leaves out names that begin with _
@@ -43,7 +45,7 @@ def students_place(output_dir: str | Path, resume: bool | str | Path, *, ignorin
     """
     place = Path(output_dir) / "student"
     if not resume:
-        require_empty_output(output_dir, ignoring=(*ignoring, SAVING))
+        require_empty_output(output_dir, ignoring=(*ignoring, SAVING, LOCK))
     elif resume is True and not checkpoints(output_dir):
         raise REDError(f"output_dir={str(output_dir)!r} has no checkpoint-N folder to resume from. Leave resume out, or name the run's own folder.")
     else:
@@ -146,6 +148,14 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     if unsealed:
         logger.warning(f"Left alone, for want of a {MANIFEST}: {', '.join(unsealed)} in {output_dir}.")
     return whole[-1] if whole else None
+
+
+def steps_done(folder: str | Path) -> int | None:
+    """Optimiser steps that a checkpoint was trained for; None where it does not say."""
+    try:
+        return int(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def fault(folder: Path) -> str | None:
