@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from red.errors import REDError
 from red.evaluate import words
 from red.example import Problem
-from red.files import require_existing
+from red.files import json_lines, require_existing
 
 FINAL = "####"  # GSM8K's sign before the final answer
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -25,21 +24,13 @@ def load_problems(path: str | Path) -> list[Problem]:
         REDError: a missing or empty file, or a broken line, by its number.
     """
     path = require_existing(path, "The file of problems")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise REDError(f"{path} cannot be read as text: {error}. Give a .jsonl file in UTF-8.") from error
-    found = [_problem(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_problem(item, f"{path}, line {number}") for number, item in json_lines(path)]
     if not found:
         raise REDError(f'{path} holds no problem. Give one {{"question": …, "answer": …}} a line.')
     return found
 
 
-def _problem(line: str, place: str) -> Problem:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise REDError(f"{place} is not JSON: {error}. Give one {{\"question\": …, \"answer\": …}} a line.") from error
+def _problem(item, place: str) -> Problem:
     if not isinstance(item, dict):
         raise REDError(f'{place} holds a {type(item).__name__}; expected {{"question": …, "answer": …}}.')
     for key in ("question", "answer"):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from red.errors import REDError
-from red.files import nearest, require_existing
+from red.files import json_lines, nearest, require_existing
 
 BOT, EOT = "<bot>", "<eot>"
 TARGETS = ("explicit", "none", "latent")  # what stands between question and answer
@@ -165,11 +165,4 @@ def _items(source) -> Iterable:
         return found["train"] if isinstance(found, DatasetDict) else found
     if path.suffix not in (".jsonl", ".json"):
         raise REDError(f"{path} is no .jsonl file; expected one object a line with question, steps and answer.")
-    items = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if text.strip():
-            try:
-                items.append(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise REDError(f"{path}, line {line} is not JSON: {error}.") from error
-    return items
+    return [value for _, value in json_lines(path)]

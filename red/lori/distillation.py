@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from red.training.checkpoint_folders import last_checkpoint, students_place
 from red.data.loading import pad_id
+from red.data.sources import named_dataset
 from red.errors import REDError
 from red.lori.adapters import with_adapters
 from red.lori.checkpoints import ROWS, require_same_run, settings_of
@@ -28,6 +29,7 @@ from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
 from red.report.recording import Record, leftovers
 from red.settings import build_config
+from red.training.rehearsal import rehearse
 
 logger = logging.get_logger(__name__)
 
@@ -72,11 +74,12 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if not isinstance(config, LoRiConfig):
         raise REDError(f"config is a {type(config).__name__}; method='lori' takes a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
-    source = train_data if train_data is not None else config.train_file or _named_dataset(config)
+    source = train_data if train_data is not None else config.train_file or named_dataset(config.dataset_name, config.dataset_split)
     if teacher is None or source is None:
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
     path = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
+    rehearse(config, held_out=eval_data is not None)
     checkpoint = (last_checkpoint(config.output_dir) if resume is True else resume) or None
     if checkpoint:  # before the teacher is read
         require_same_run(checkpoint, settings_of(config))
@@ -188,13 +191,3 @@ def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer, c
         raise REDError(f"Process {config.process_index} does not find the teacher's trajectories in {str(folder)!r}: the first process could not write them (see what it says), or "
                        "they are on a disk of its own. Give trajectories_dir a folder that all processes share.")
     return found
-
-
-def _named_dataset(config: LoRiConfig):
-    if config.dataset_name is None:
-        return None
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
-    return load_dataset(config.dataset_name, split=config.dataset_split)
