@@ -14,7 +14,7 @@ from red.config import REDConfig
 from red.data.loading import tokenizer_hash
 from red.data.sources import named_dataset
 from red.errors import REDError
-from red.families import teacher_config
+from red.families import run_folder, teacher_config
 from red.files import STARTS
 from red.prepare import check_shape, load_teacher, require_packing
 from red.report.recording import Record, leftovers
@@ -143,4 +143,6 @@ def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)  # pyrefly: ignore[bad-return] - it raises rather than return None
     except Exception as error:  # tokenizers raises bare ones
-        raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
+        why = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__  # transformers lists all that it tried
+        raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {why}. Save the tokenizer in that folder (tokenizer.save_pretrained)."
+                       f"{run_folder(teacher)}") from error

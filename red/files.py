@@ -149,6 +149,8 @@ def require_existing(path: str | Path, what: str) -> Path:
     path = Path(path)
     if path.exists():
         return path
+    if path.is_symlink():
+        raise REDError(f"{what} {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist.")
     missing = path
     while not missing.parent.exists():
         missing = missing.parent

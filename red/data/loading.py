@@ -257,7 +257,7 @@ def _texts_of(item: Mapping, number: int, text_column: str) -> list[tuple[str, b
     for text, _ in texts:
         if not isinstance(text, str):
             remedy = "Give conversations as messages." if isinstance(text, list) else "Make it a string, or leave the row out."
-            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. {remedy}")
+            raise REDError(f"Example {number} has {text!r:.60} where text is needed. {remedy}")
     return texts
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from red.data.text import check_surrogates
 from red.errors import REDError
 from red.evaluate import words
 from red.example import Problem
@@ -42,6 +43,7 @@ def _problem(item, place: str) -> Problem:
     for key, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise REDError(f"{place} has {key}={str(value)[:80]!r}; expected text that is not empty.")
+        check_surrogates(value, f"{place}, {key}:")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise REDError(f"{place} has steps={str(steps)[:80]!r}; expected a whole number, or leave it out.")
     if not final_answer(answer):

@@ -91,6 +91,9 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     record.teacher(teacher)
     check_layers(config, teacher.config.num_hidden_layers + 1)
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
+    if len(tokenizer) > teacher.config.vocab_size:
+        raise REDError(f"The tokenizer has {len(tokenizer)} entries but the teacher's embedding has {teacher.config.vocab_size}: it is not this teacher's. "
+                       "Use the tokenizer that was saved with the teacher.")
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
     if checkpoint:

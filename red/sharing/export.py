@@ -84,7 +84,7 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         REDError: unusable folder or dtype, weights that are not finite, or a checkpoint that does not reload to the same logits.
     """
     output_dir = require_empty_output(output_dir)
-    model = _plain_copy(student, _dtype(dtype, student.dtype), as_llama)
+    model = _plain_copy(student, export_dtype(dtype, student.dtype), as_llama)
     aside = output_dir.absolute().parent / f".{output_dir.absolute().name}.{secrets.token_hex(4)}.tmp"
     reference = aside.with_suffix(".safetensors")
     try:
@@ -127,7 +127,8 @@ def _verify(model: PreTrainedModel, tokenizer, folder: Path, reference: Path) ->
     return found
 
 
-def _dtype(wanted: torch.dtype | str | None, own: torch.dtype) -> torch.dtype:
+def export_dtype(wanted: torch.dtype | str | None, own: torch.dtype = torch.float32) -> torch.dtype:
+    """What `dtype=` of an export means, None being `own`; REDError for what is no dtype of weights."""
     names = ("float32", "bfloat16", "float16", "float64")
     wanted = own if wanted is None else wanted
     dtype = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
