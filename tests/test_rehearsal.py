@@ -65,6 +65,7 @@ def test_red_distill_says_so_before_it_reads_a_weight(tiny_teacher, tiny_tokeniz
     run = ["distill", "--teacher_model_name_or_path", str(shape), "--train_file", str(tmp_path / "text.txt"), "--hidden_size", "16", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     assert main([*run, "--report_to", "nonsense"]) == 2 and "report_to=nonsense" in capsys.readouterr().err
     assert main([*run, "--report_to", "none", "--eval_strategy", "steps"]) == 2 and "needs held-out text" in capsys.readouterr().err
+    assert main([*run, "--report_to", "none", "--eval_strategy", "steps", "--dry_run"]) == 2 and "needs held-out text" in capsys.readouterr().err
     assert main([*run, "--report_to", "none", "--resume", str(shape)]) == 2 and "is no checkpoint to resume from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -19,7 +19,7 @@ from red.training.checkpoint_folders import last_checkpoint, students_place
 from red.training.rehearsal import rehearse
 
 
-def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
+def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False, held_out: bool | None = None) -> str:
     """The plan of a `red.lori.distill` in words, and the first problem as it is read and learnt.
 
     Raises:
@@ -28,7 +28,7 @@ def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
     if config.teacher_model_name_or_path is None or not (config.train_file or config.dataset_name):
         raise REDError("A dry run needs an explicit teacher and problems. Give teacher_model_name_or_path and train_file (or dataset_name).")
     student = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
-    rehearse(config)
+    rehearse(config, held_out=held_out)
     checkpoint = last_checkpoint(config.output_dir) if resume is True else resume
     if checkpoint:
         require_same_run(checkpoint, settings_of(config))
