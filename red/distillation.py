@@ -144,5 +144,7 @@ def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)  # pyrefly: ignore[bad-return] - it raises rather than return None
     except Exception as error:  # tokenizers raises bare ones
         why = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__  # transformers lists all that it tried
+        if Path(teacher).is_dir() and not any(Path(teacher).glob("token*")):
+            why = "the folder has no tokenizer.json"
         raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {why}. Save the tokenizer in that folder (tokenizer.save_pretrained)."
                        f"{run_folder(teacher)}") from error

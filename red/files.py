@@ -121,6 +121,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
     Raises:
         REDError: a line that is not JSON in UTF-8, by its number; a file that cannot be read.
     """
+    number = 1
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):

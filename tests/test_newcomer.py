@@ -37,7 +37,7 @@ def test_a_missing_tokenizer_is_said_in_one_line(tmp_path, shape, capsys):
     for file in (tmp_path / shape).glob("token*"):
         file.unlink()
     said = refused(capsys, "eval", shape, "--against", shape, "--data", "text.txt", "--tasks", "none")
-    assert "There is no tokenizer that can be read beside the model 'teacher'" in said and said.count("\n") == 1 and ".." not in said
+    assert "There is no tokenizer that can be read beside the model 'teacher': the folder has no tokenizer.json. Save" in said and said.count("\n") == 1 and ".." not in said
 
 
 def test_text_is_no_task(shape, capsys):
