@@ -174,7 +174,7 @@ def distill(ctx, config, resume, eval_file, calibration, dry_run) -> None:
     if dry_run:
         from red.planning.dry_run import dry_run as preview
 
-        plan = preview(config, calibration=calibration, resume=resume)
+        plan = preview(config, calibration=calibration, resume=resume, held_out=eval_file is not None)
         return print(plan) if config.process_index == 0 else None
     from red.distillation import distill as run
 

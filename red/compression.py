@@ -13,9 +13,10 @@ from red.calibration import Calibration
 from red.config import REDConfig
 from red.distillation import training_source, with_tokenizer
 from red.errors import REDError
-from red.sharing.export import ExportReport, export
+from red.families import teacher_config
+from red.sharing.export import ExportReport, export, export_dtype
 from red.files import START_FILE, STARTS, require_empty_output
-from red.prepare import calibration_batches, check_request, ready_calibration, start_projections, training_rows
+from red.prepare import calibration_batches, check_request, check_shape, ready_calibration, start_projections, training_rows
 from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.starting import fit_of
@@ -67,6 +68,9 @@ def compress(teacher: str | Path | PreTrainedModel | None = None, data=None, *, 
         return require_empty_output(folder, ignoring=(*STARTS, *leftovers(folder), LOCK))
 
     check()
+    shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
+    check_shape(shape, config)
+    export_dtype(dtype)
     with only_run(config, check):
         return _compress(teacher, data, tokenizer, calibration, dtype, config, folder)
 

@@ -12,13 +12,15 @@ from red.calibration import Calibration
 from red.training.checkpoint_folders import students_place
 from red.config import REDConfig
 from red.data.loading import tokenizer_hash
+from red.data.sources import named_dataset
 from red.errors import REDError
-from red.families import teacher_config
+from red.families import run_folder, teacher_config
 from red.files import STARTS
 from red.prepare import check_shape, load_teacher, require_packing
 from red.report.recording import Record, leftovers
 from red.settings import build_config
 from red.data.streaming import require_max_steps
+from red.training.rehearsal import rehearse
 from red.training.run_lock import only_run
 from red.training.trainer import REDTrainer
 
@@ -69,7 +71,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     config = config or build_config(settings)
     if not isinstance(config, REDConfig):
         raise REDError(f"config is a {type(config).__name__}; distill takes a REDConfig, and with method='lori' a red.lori.LoRiConfig.")
-    teacher, path = check_run(teacher, train_data, config, resume)
+    teacher, path = check_run(teacher, train_data, config, resume, held_out=eval_data is not None)
     train_data = training_source(train_data, config)
     if isinstance(calibration, (str, Path)):
         calibration = Calibration.load(calibration)  # before minutes go into the teacher
@@ -88,7 +90,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     return DistillResult(trainer.student, path, metrics, trainer)
 
 
-def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: REDConfig, resume: bool | str | Path = False) -> tuple:
+def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: REDConfig, resume: bool | str | Path = False, *, held_out: bool | None = None) -> tuple:
     """(teacher, folder of the student) of a run, once nothing speaks against it that can be known before a weight is read.
 
     Raises:
@@ -105,6 +107,7 @@ def check_run(teacher: str | Path | PreTrainedModel | None, train_data, config: 
         require_max_steps(config.max_steps)
     shape = teacher.config if isinstance(teacher, PreTrainedModel) else teacher_config(teacher)
     check_shape(shape, config)
+    rehearse(config, held_out=held_out)
     return teacher, _students_place(config, resume)
 
 
@@ -114,7 +117,7 @@ def _students_place(config: REDConfig, resume: bool | str | Path) -> Path:
 
 def training_source(given, config: REDConfig):
     """The text that was given, or what the settings name; None where they name none."""
-    return given if given is not None else config.train_file or _named_dataset(config)
+    return given if given is not None else config.train_file or named_dataset(config.dataset_name, config.dataset_split, streaming=config.streaming)
 
 
 def with_tokenizer(teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
@@ -146,14 +149,8 @@ def _tokenizer_beside(teacher: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)  # pyrefly: ignore[bad-return] - it raises rather than return None
     except Exception as error:  # tokenizers raises bare ones
-        raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {error}. Save the tokenizer in that folder (tokenizer.save_pretrained).") from error
-
-
-def _named_dataset(config: REDConfig):
-    if config.dataset_name is None:
-        return None
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
-    return load_dataset(config.dataset_name, split=config.dataset_split, streaming=config.streaming)
+        why = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__  # transformers lists all that it tried
+        if Path(teacher).is_dir() and not any(Path(teacher).glob("token*")):
+            why = "the folder has no tokenizer.json"
+        raise REDError(f"There is no tokenizer that can be read beside the model {str(teacher)!r}: {why}. Save the tokenizer in that folder (tokenizer.save_pretrained)."
+                       f"{run_folder(teacher)}") from error

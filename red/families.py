@@ -66,9 +66,15 @@ def teacher_config(name_or_path: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # a damaged config comes as errors of a dozen kinds
-        raise REDError(f"Cannot read the teacher {str(name_or_path)!r}: {error}") from error
+        raise REDError(f"Cannot read the teacher {str(name_or_path)!r}: {error}{run_folder(name_or_path)}") from error
     check_family(config)
     return config
+
+
+def run_folder(name_or_path: str | Path) -> str:
+    """For a message about a folder that is no model: a run's folder has its model in student/."""
+    student = Path(name_or_path) / "student"
+    return f" It is a run's folder; did you mean {str(student)!r}?" if (student / "config.json").is_file() else ""
 
 
 def taps(config: PreTrainedConfig) -> list[Tap]:

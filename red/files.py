@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
@@ -114,6 +115,25 @@ def require_place_for(path: str | Path, option: str) -> Path:
     return path
 
 
+def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
+    """(line, value) of each line of a .jsonl file that is not blank. A line ends with a line feed alone: U+2028, U+0085 and their like may stand in a text.
+
+    Raises:
+        REDError: a line that is not JSON in UTF-8, by its number; a file that cannot be read.
+    """
+    number = 1
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, json.loads(line.decode())
+    except OSError as error:
+        raise REDError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line, in UTF-8.") from error
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None if none is like it. Hyphens and case do not count."""
     fold = {known_name.lower().replace("-", "_"): known_name for known_name in sorted(known, reverse=True)}
@@ -130,6 +150,8 @@ def require_existing(path: str | Path, what: str) -> Path:
     path = Path(path)
     if path.exists():
         return path
+    if path.is_symlink():
+        raise REDError(f"{what} {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist.")
     missing = path
     while not missing.parent.exists():
         missing = missing.parent

@@ -159,6 +159,7 @@ def test_a_start_file_a_calibration_and_a_resumed_run_are_named(folder, capsys, 
     assert f"statistics from {folder}/calibration.safetensors" in dry_run.dry_run(config, calibration=folder / "calibration.safetensors")
     assert f"start     {folder}/start.safetensors, start_fit=none" in dry_run.dry_run(config)
     (folder / "run" / "checkpoint-3").mkdir(parents=True)
+    (folder / "run" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     assert f"goes on from {folder}/run/checkpoint-3" in dry_run.dry_run(config, resume=folder / "run" / "checkpoint-3")
     for step, save in ((9, 1), (4, 2)):  # the run went back: 4 was saved last; and 11 was cut short
         seal(_made(folder / "run" / f"checkpoint-{step}"), step=step, save=save)

@@ -105,7 +105,7 @@ def test_files_without_problems(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(REDError, match="holds no problem"):
         load_problems(tmp_path / "empty.jsonl")
-    with pytest.raises(REDError, match="cannot be read as text"):
+    with pytest.raises(REDError, match="line 1 is not JSON.*in UTF-8"):
         load_problems(tmp_path / "binary.jsonl")
     with pytest.raises(REDError, match="did you mean .*empty.jsonl"):
         load_problems(tmp_path / "emty.jsonl")

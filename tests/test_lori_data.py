@@ -39,7 +39,10 @@ def test_steps(steps, expected):
 
 
 @pytest.mark.parametrize(("item", "message"), [({"question": "q"}, "Row 0 has no 'answer'; it has 'question'"), ({"query": "q", "answer": 1}, "no 'question'"),
-                                               (["q", "a"], "Row 0 is a list"), ({"question": " ", "answer": 1}, "no 'question'")])
+                                               (["q", "a"], "Row 0 is a list"), ({"question": " ", "answer": 1}, "an empty 'question'"),
+                                               ({"question": None, "answer": 1}, "Row 0 has an empty 'question'"),
+                                               ({"question": ["q"], "answer": 1}, r"Row 0 has \['q'\] as question"), ({"question": "q", "answer": 1, "steps": 3}, "and 3 as steps; expected"),
+                                               ({"question": "q \ud83d", "answer": 1}, r"Row 0 has half a surrogate pair, \\ud83d, at character 2")])
 def test_bad_rows_are_refused(item, message):
     with pytest.raises(REDError, match=message):
         load_rows([item])

@@ -51,7 +51,7 @@ def facts(**changes) -> dict:
                       "seconds": 0.5},
             "forecast": {"start": {"seconds": 10.0, "how": "by counting"},
                          "training": {"step_seconds": 0.5, "step_tokens": 2000, "bytes": 2**30, "parts": {"teacher": 2**20}, "how": "by shapes"}},
-            "measured": {"start_seconds": 15.0, "peak_bytes": 3 * 2**29, "peak_of": "a scale"},
+            "measured": {"start_seconds": 15.0, "peak_bytes": 3 * 2**29, "peak_of": "a scale", "canary_problems": 64},
             "sessions": [{"began": "then", "from_step": 0, "to_step": 30, "seconds": 60.0},
                          {"began": "later", "from_step": 20, "to_step": 50, "seconds": 75.0}],
             "history": history, **changes}
@@ -263,3 +263,20 @@ def test_the_command(folder, student, tmp_path, capsys, no_pictures):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     (student / "config.json").unlink()
     assert main(["report", str(place), "--card"]) == 2
+
+
+def test_a_canary_whose_teacher_solves_nothing_says_nothing(folder):
+    found = facts(history=[{"step": 0, "canary/teacher": 0.0}, *({"step": step, "canary/student": 0.0} for step in (0, 20))])
+    found["measured"]["canary_problems"] = 8  # the file had no more, whatever canary_samples asks for
+    shown = render(Run.load(folder(found, judgement=None)))
+    assert "canary: problems solved, of 8<" in shown
+    assert shown.count("its teacher solves none of the canary&#x27;s problems") == 2 and "canary_steps=100" not in shown and "Its reasoning has not been measured." not in shown
+
+
+def test_what_was_only_compressed_is_told_of_no_canary(folder):
+    shown = render(Run.load(folder(facts(method="compress", history=[]), judgement=None)))
+    assert "not measured: red eval" in shown and "canary_steps" not in shown
+
+
+def test_the_last_of_an_unfinished_run_is_not_called_its_end(folder):
+    assert "student, last" in render(Run.load(folder(facts(state="running")))) and "student, end" in render(Run.load(folder()))

@@ -17,8 +17,9 @@ import numpy as np
 
 from red.data.chat import render
 from red.data.packing import IGNORE, PackedDataset, collate, flatten, for_attention, pack, split
+from red.data.text import check_surrogates, documents_of
 from red.errors import REDError
-from red.files import atomic_write_text, nearest, require_existing
+from red.files import atomic_write_text, json_lines, nearest, require_existing
 
 __all__ = ["IGNORE", "PackedDataset", "check_examples", "check_ids", "check_packed", "collate", "flatten", "for_attention", "load_examples", "pack", "pad_id", "save_examples", "tokenise", "tokenizer_hash"]
 
@@ -167,29 +168,20 @@ def open_path(path: Path, tokenizer) -> Iterable:
         return _saved_dataset(path)
     if path.suffix == ".txt":
         try:
-            text = path.read_text(encoding="utf-8")
+            return documents_of(path.read_bytes().decode("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise REDError(f"{path} cannot be read as text: {error}. {UTF8}") from error
-        documents = re.split(r"\n[ \t\r]*\n", text.strip())
-        return documents if len(documents) > 1 else text.strip().splitlines()
     if path.suffix == ".jsonl":
         return _json_lines(path, tokenizer)
     raise REDError(f"The data file {str(path)!r} ends in {path.suffix or 'nothing'!r}; red reads .txt, .jsonl and folders of datasets.save_to_disk. Convert it, or load it with `datasets` and pass the data set.")
 
 
-def _json_lines(path: Path, tokenizer) -> Iterator[dict]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                raise REDError(f"{path}, line {number} is not JSON: {error}. A .jsonl file holds one object a line, in UTF-8.") from error
-            if isinstance(value, dict) and set(value) == {HASH_KEY}:
-                check_hash(value[HASH_KEY], tokenizer, str(path))
-            else:
-                yield value
+def _json_lines(path: Path, tokenizer) -> Iterator:
+    for _, value in json_lines(path):
+        if isinstance(value, dict) and set(value) == {HASH_KEY}:
+            check_hash(value[HASH_KEY], tokenizer, str(path))
+        else:
+            yield value
 
 
 def _saved_dataset(path: Path):
@@ -239,7 +231,12 @@ def tokenise(items: list, tokenizer, text_column: str, first: int = 0, *, assist
     for begins in (True, False):  # only a beginning gets the tokenizer's own bos
         chosen = [(index, text) for index, text, is_first in texts if is_first == begins]
         if chosen:
-            encoded = tokenizer([text for _, text in chosen], add_special_tokens=begins, truncation=False, padding=False, verbose=False)
+            try:
+                encoded = tokenizer([text for _, text in chosen], add_special_tokens=begins, truncation=False, padding=False, verbose=False)
+            except (TypeError, UnicodeError):
+                for index, text in chosen:
+                    check_surrogates(text, f"Example {first + index}")
+                raise
             for (index, _), ids in zip(chosen, encoded["input_ids"], strict=True):
                 parts.setdefault(index, []).append(ids)
     blank = parts.keys() - {index for index, text, _ in texts if text.strip()}
@@ -260,7 +257,7 @@ def _texts_of(item: Mapping, number: int, text_column: str) -> list[tuple[str, b
     for text, _ in texts:
         if not isinstance(text, str):
             remedy = "Give conversations as messages." if isinstance(text, list) else "Make it a string, or leave the row out."
-            raise REDError(f"Example {number} has a {type(text).__name__} where text is needed. {remedy}")
+            raise REDError(f"Example {number} has {text!r:.60} where text is needed. {remedy}")
     return texts
 
 

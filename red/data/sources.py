@@ -10,6 +10,7 @@ source needs to begin at `start` without reading what lies before it, and what i
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from red.data import loading as data
+from red.data.text import BLANK_LINES
 from red.errors import REDError
 from red.files import require_existing
 
@@ -46,6 +48,24 @@ def open_source(source, tokenizer):
     return DatasetSource(source) if hasattr(source, "load_state_dict") and hasattr(source, "iter") else IterableSource(source)
 
 
+def named_dataset(name: str | None, split: str, *, streaming: bool = False):
+    """`datasets.load_dataset`; None without a name.
+
+    Raises:
+        REDError: `datasets` is not installed, or does not get it: no such name or split, no network, no permission.
+    """
+    if name is None:
+        return None
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise REDError(f"dataset_name={name!r} needs the `datasets` package. Run: pip install datasets") from error
+    try:
+        return load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # each of a kind of its own
+        raise REDError(f"dataset_name={name!r} cannot be loaded: {error}. Look at the name and at dataset_split={split!r}; or load it yourself and pass the data set.") from error
+
+
 class FileSource:
     """A .jsonl or .txt file, read by byte ranges: any block is found at once, and a document belongs to the block in which it begins.
 
@@ -62,9 +82,9 @@ class FileSource:
         self.blocks = -(-self.size // self.bytes)
         self.facts = {"file": path.name, "bytes": self.size}
         with path.open("rb") as file:
-            head = file.read(LARGEST).strip()
+            head = file.read(LARGEST).removeprefix(codecs.BOM_UTF8).strip()
         self.json = path.suffix == ".jsonl"
-        self.paragraphs = not self.json and re.search(rb"\n[ \t\r]*\n", head) is not None
+        self.paragraphs = not self.json and re.search(BLANK_LINES.pattern.encode(), head) is not None
         if self.json and isinstance(first := self._parsed(head.split(b"\n")[0], 0) if b"\n" in head else None, dict) and set(first) == {data.HASH_KEY}:
             data.check_hash(first[data.HASH_KEY], tokenizer, str(path))
 
@@ -89,8 +109,9 @@ class FileSource:
         return [value for value in values if not (isinstance(value, dict) and set(value) == {data.HASH_KEY})]
 
     def _text(self, document: bytes, place: int) -> str:
+        """As `red.data.text.documents_of` has it, without the end of its last line."""
         try:
-            return document.decode()
+            return document.decode("utf-8" if place else "utf-8-sig").replace("\r\n", "\n").strip("\n")
         except UnicodeDecodeError as error:
             raise REDError(f"{self.path}, from byte {place} on, is not UTF-8: {error}. Convert the file.") from error
 

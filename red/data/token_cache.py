@@ -23,7 +23,7 @@ from red.data.loading import tokenizer_hash
 from red.files import atomic_write_json, sync
 from red.data.packing import PackedDataset
 
-FORMAT = 1  # of the files and of what is in them; raise it when packing or tokenising changes
+FORMAT = 2  # of the files and of what is in them; raise it when packing or tokenising changes
 SMALLEST = 2**24  # bytes of text
 ARRAYS = ("tokens", "labels", "bounds", "rows")
 

@@ -49,7 +49,8 @@ def vocabulary(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
     try:
         data.check_examples(examples, tokenizer, size)
     except REDError as error:
-        return Finding("vocabulary", False, str(error), "Use the tokenizer that was saved with the teacher, and data made with it.")
+        what, _, remedy = str(error).partition(". ")
+        return Finding("vocabulary", False, what, remedy)
     ends = _ids(teacher.config.eos_token_id) | _ids(getattr(teacher.generation_config, "eos_token_id", None))
     if tokenizer.eos_token_id is not None and ends and tokenizer.eos_token_id not in ends:
         return Finding("vocabulary", False, f"the tokenizer ends texts with id {tokenizer.eos_token_id}, the teacher's config with {sorted(ends)}",

@@ -71,6 +71,9 @@ class Harness:
         self.batch_size = batch_size
         names = [name for name in tasks if not name.endswith(".jsonl")]
         self.files = [_task_of_file(path) for path in tasks if path.endswith(".jsonl")]
+        for name in names:
+            if Path(name).exists():
+                raise REDError(f"{name!r} is a file that is no .jsonl. Problems are read from .jsonl, one {{\"question\": …, \"answer\": …}} a line; text belongs to --data.")
         # the harness's own thousands of tasks are read only when one of them is asked for
         with _quiet():
             self.manager = TaskManager(include_path=str(FOLDER), include_defaults=not set(names) <= set(LOCAL))

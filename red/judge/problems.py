@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 
+from red.data.text import check_surrogates
 from red.errors import REDError
 from red.evaluate import words
 from red.example import Problem
-from red.files import require_existing
+from red.files import json_lines, require_existing
 
 FINAL = "####"  # GSM8K's sign before the final answer
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -25,21 +25,13 @@ def load_problems(path: str | Path) -> list[Problem]:
         REDError: a missing or empty file, or a broken line, by its number.
     """
     path = require_existing(path, "The file of problems")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise REDError(f"{path} cannot be read as text: {error}. Give a .jsonl file in UTF-8.") from error
-    found = [_problem(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_problem(item, f"{path}, line {number}") for number, item in json_lines(path)]
     if not found:
         raise REDError(f'{path} holds no problem. Give one {{"question": …, "answer": …}} a line.')
     return found
 
 
-def _problem(line: str, place: str) -> Problem:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise REDError(f"{place} is not JSON: {error}. Give one {{\"question\": …, \"answer\": …}} a line.") from error
+def _problem(item, place: str) -> Problem:
     if not isinstance(item, dict):
         raise REDError(f'{place} holds a {type(item).__name__}; expected {{"question": …, "answer": …}}.')
     for key in ("question", "answer"):
@@ -51,6 +43,7 @@ def _problem(line: str, place: str) -> Problem:
     for key, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise REDError(f"{place} has {key}={str(value)[:80]!r}; expected text that is not empty.")
+        check_surrogates(value, f"{place}, {key}:")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise REDError(f"{place} has steps={str(steps)[:80]!r}; expected a whole number, or leave it out.")
     if not final_answer(answer):

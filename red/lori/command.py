@@ -35,7 +35,7 @@ def lori(ctx, config, resume, eval_file, dry_run) -> None:
     if dry_run:
         from red.lori.dry_run import dry_run as preview
 
-        plan = preview(config, resume=resume)
+        plan = preview(config, resume=resume, held_out=eval_file is not None)
         return print(plan) if config.process_index == 0 else None
 
     from red.lori.distillation import distill as run

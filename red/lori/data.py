@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from red.data.text import check_surrogates
 from red.errors import REDError
-from red.files import nearest, require_existing
+from red.files import json_lines, nearest, require_existing
 
 BOT, EOT = "<bot>", "<eot>"
 TARGETS = ("explicit", "none", "latent")  # what stands between question and answer
@@ -67,12 +68,18 @@ def load_rows(source, *, question_column: str = "question", steps_column: str = 
             continue
         if not isinstance(item, Mapping):
             raise REDError(f"Row {number} is a {type(item).__name__}; expected an object with {', '.join(columns)}.")
+        question, answer, steps = item.get(question_column), item.get(answer_column), item.get(steps_column)
+        if isinstance(question, (list, Mapping)) or isinstance(answer, (list, Mapping)) or isinstance(steps, (Mapping, int, float)):
+            raise REDError(f"Row {number} has {question!r:.40} as question, {answer!r:.40} as answer and {steps!r:.40} as steps; expected a text, a text or number, and a list of texts or a text.")
         for column in (question_column, answer_column):
             if item.get(column) is None or not str(item[column]).strip():
+                if column in item:
+                    raise REDError(f"Row {number} has an empty {column!r}. Fill it, or leave the row out.")
                 like = nearest(column, item)
                 raise REDError(f"Row {number} has no {column!r}; it has {', '.join(map(repr, item)) or 'nothing'}. "
                                f"Name the column{f', perhaps {like!r}' if like else ''}: question_column, steps_column, answer_column.")
-        rows.append(Row(str(item[question_column]).strip(), split_steps(item.get(steps_column)), str(item[answer_column]).strip()))
+        rows.append(Row(str(question).strip(), split_steps(steps), str(answer).strip()))
+        check_surrogates(" ".join((rows[-1].question, *rows[-1].steps, rows[-1].answer)), f"Row {number}")
     if not rows:
         raise REDError("There are no rows. Give problems with a question, steps and an answer.")
     return rows
@@ -165,11 +172,4 @@ def _items(source) -> Iterable:
         return found["train"] if isinstance(found, DatasetDict) else found
     if path.suffix not in (".jsonl", ".json"):
         raise REDError(f"{path} is no .jsonl file; expected one object a line with question, steps and answer.")
-    items = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if text.strip():
-            try:
-                items.append(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise REDError(f"{path}, line {line} is not JSON: {error}.") from error
-    return items
+    return [value for _, value in json_lines(path)]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from red.training.checkpoint_folders import last_checkpoint, students_place
 from red.data.loading import pad_id
+from red.data.sources import named_dataset
 from red.errors import REDError
 from red.lori.adapters import with_adapters
 from red.lori.checkpoints import ROWS, require_same_run, settings_of
@@ -28,6 +29,7 @@ from red.lori.trainer import LoRiTrainer
 from red.lori.trajectories import SubspaceSettings, cache_key, collect, kept
 from red.report.recording import Record, leftovers
 from red.settings import build_config
+from red.training.rehearsal import rehearse
 from red.training.run_lock import only_run
 
 logger = logging.get_logger(__name__)
@@ -73,7 +75,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
     if not isinstance(config, LoRiConfig):
         raise REDError(f"config is a {type(config).__name__}; method='lori' takes a red.lori.LoRiConfig.")
     teacher = teacher if teacher is not None else config.teacher_model_name_or_path
-    source = train_data if train_data is not None else config.train_file or _named_dataset(config)
+    source = train_data if train_data is not None else config.train_file or named_dataset(config.dataset_name, config.dataset_split)
     if teacher is None or source is None:
         raise REDError("lori needs an explicit teacher and problems. Give teacher (or teacher_model_name_or_path) "
                        "and train_data (or train_file, or dataset_name).")
@@ -82,6 +84,7 @@ def distill(teacher: str | Path | PreTrainedModel | None = None, train_data=None
         return students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
 
     path = place()
+    rehearse(config, held_out=eval_data is not None)
     with only_run(config, place):
         return _distill(teacher, source, student, tokenizer, eval_data, config, callbacks, resume, path)
 
@@ -98,6 +101,9 @@ def _distill(teacher, source, student, tokenizer, eval_data, config: LoRiConfig,
     record.teacher(teacher)
     check_layers(config, teacher.config.num_hidden_layers + 1)
     encoding = dict(answer_prefix=config.answer_prefix, drop_last_step=config.drop_last_step, max_length=config.max_length)
+    if len(tokenizer) > teacher.config.vocab_size:
+        raise REDError(f"The tokenizer has {len(tokenizer)} entries but the teacher's embedding has {teacher.config.vocab_size}: it is not this teacher's. "
+                       "Use the tokenizer that was saved with the teacher.")
     encoded = encode_rows(rows, tokenizer, **encoding)
     _check_steps(encoded, config)
     if checkpoint:
@@ -198,13 +204,3 @@ def _collect(teacher: PreTrainedModel, encoded, config: LoRiConfig, tokenizer, c
         raise REDError(f"Process {config.process_index} does not find the teacher's trajectories in {str(folder)!r}: the first process could not write them (see what it says), or "
                        "they are on a disk of its own. Give trajectories_dir a folder that all processes share.")
     return found
-
-
-def _named_dataset(config: LoRiConfig):
-    if config.dataset_name is None:
-        return None
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise REDError(f"dataset_name={config.dataset_name!r} needs the `datasets` package. Run: pip install datasets") from error
-    return load_dataset(config.dataset_name, split=config.dataset_split)

@@ -8,16 +8,18 @@ from transformers import AutoConfig
 
 from red.distillation import _tokenizer_beside
 from red.planning.dry_run import left, printable, steps_of
+from red.data.sources import named_dataset
 from red.errors import REDError
 from red.lori.checkpoints import require_same_run, settings_of
 from red.lori.config import PRESETS, LoRiConfig
 from red.lori.data import encode_rows, load_rows
-from red.lori.distillation import TRAJECTORIES, _check_steps, _named_dataset, check_layers
+from red.lori.distillation import TRAJECTORIES, _check_steps, check_layers
 from red.report.recording import leftovers
 from red.training.checkpoint_folders import last_checkpoint, steps_done, students_place
+from red.training.rehearsal import rehearse
 
 
-def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
+def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False, held_out: bool | None = None) -> str:
     """The plan of a `red.lori.distill` in words, and the first problem as it is read and learnt.
 
     Raises:
@@ -26,10 +28,11 @@ def dry_run(config: LoRiConfig, *, resume: bool | str | Path = False) -> str:
     if config.teacher_model_name_or_path is None or not (config.train_file or config.dataset_name):
         raise REDError("A dry run needs an explicit teacher and problems. Give teacher_model_name_or_path and train_file (or dataset_name).")
     student = students_place(config.output_dir, resume, ignoring=(TRAJECTORIES, *leftovers(config.output_dir)))
+    rehearse(config, held_out=held_out)
     checkpoint = last_checkpoint(config.output_dir) if resume is True else resume
     if checkpoint:
         require_same_run(checkpoint, settings_of(config))
-    rows = load_rows(config.train_file or _named_dataset(config), **{name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")})
+    rows = load_rows(config.train_file or named_dataset(config.dataset_name, config.dataset_split), **{name: getattr(config, name) for name in ("question_column", "steps_column", "answer_column")})
     try:
         shape = AutoConfig.from_pretrained(config.teacher_model_name_or_path, trust_remote_code=False)
     except Exception as error:  # a damaged config comes as errors of a dozen kinds

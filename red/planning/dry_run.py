@@ -36,16 +36,17 @@ from red.data.token_cache import SMALLEST, fingerprint
 DOCUMENTS, HEAD, TAIL = 6, 500, 150  # of the first row that are shown, and characters of each
 
 
-def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume: bool | str | Path = False) -> str:
+def dry_run(config: REDConfig, *, calibration: str | Path | None = None, resume: bool | str | Path = False, held_out: bool | None = None) -> str:
     """The plan of a `red.distill` in words: both architectures, what is trained, start, text, steps, memory, time, output, and the first row of the first batch.
 
     Args:
         config, calibration, resume: as in `red.distill`; teacher and text are named in the config.
+        held_out: whether there is text to evaluate on; None: not known.
 
     Raises:
         REDError: what `red.distill` would refuse before it reads a weight, and text that it would refuse.
     """
-    teacher, student = check_run(None, None, config, resume)
+    teacher, student = check_run(None, None, config, resume, held_out=held_out)
     if resume is True:  # the one that was saved last, which is another than the highest where a run went back; an unsealed one is refused later
         resume = (complete(config.output_dir) or checkpoints(config.output_dir))[-1]
     if calibration:

@@ -38,7 +38,8 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, card: bool = F
     from red.report.run import Run
 
     student = Path(run_dir) / "student"
-    require_existing(run_dir, "The run")
+    if not require_existing(run_dir, "The run").is_dir():
+        raise REDError(f"{str(run_dir)!r} is a file; a run is a folder, the output_dir of red distill, red compress or red lori.")
     place = require_place_for(out or Path(run_dir) / PAGE, "--out")
     for note in Run.load(run_dir).notes:
         print(f"red: {note}", file=sys.stderr)

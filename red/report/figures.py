@@ -94,7 +94,7 @@ def erank_layers(run: Run) -> str:
         for values, role, line, mark, label in (
             (teacher, "teacher", DASHED, "o", "teacher"),
             (start, "start1", (0, (1.4, 1.2)), "s", "student, start"),
-            (end if run.method != "compress" else [], "start0", "-", "D", "student, end"),
+            (end if run.method != "compress" else [], "start0", "-", "D", f"student, {'end' if run.finished else 'last'}"),
         ):
             if values:
                 axes.plot(range(len(values)), numbers(values), color=ROLES[role], linestyle=line, marker=mark, label=label, clip_on=False, zorder=3)

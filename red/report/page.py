@@ -53,6 +53,12 @@ thead th:first-child { text-align: left; padding-left: 0; }
 section h3 { margin: 14px 0 6px; overflow-wrap: anywhere; }
 details table { margin-top: 12px; } details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 details th { width: 18em; font-weight: 500; color: var(--muted); }
+@media (max-width: 600px) {
+  main { padding: 24px 12px 48px; } section { padding: 16px 14px; }
+  th, td { padding: 6px 4px; } table { font-size: 12.5px; }
+  .fit td, .fit thead th, .how td, .how th, .how thead th { white-space: normal; }
+  .fit tbody th { min-width: 6em; } .how td:last-child, .how th:last-child { min-width: 5em; } .wide svg { min-width: 480px; } details th { width: auto; }
+}
 """
 SMALL = ' class="small"'
 PAGE = Template("""\

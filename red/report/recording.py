@@ -37,6 +37,7 @@ from red.calibration import model_hash
 from red.files import CHANNELS_FILE, HALF_LAYERS, PAGE, RUN_FILE, START_FILE, atomic_write_safetensors
 from red.report import measuring, provenance
 from red.report.settings import settings_of
+from red.training.canary import CanaryCallback
 
 FORMAT = 1
 INTERVAL = 30.0  # seconds
@@ -120,6 +121,8 @@ class Record:
             held_out = trainer.eval_dataset is not None
             self._rank(trainer.eval_dataset if held_out else trainer.train_dataset, trainer.teacher, trainer.student, trainer.accelerator, held_out)
         self._forecast(trainer)
+        asked = next((len(one.problems) for one in trainer.callback_handler.callbacks if isinstance(one, CanaryCallback)), None)
+        self.facts["measured"]["canary_problems"] = asked
         trainer.add_callback(Follow(self, trainer))
 
     def compressed(self, teacher, projections, calibration, seconds: float, data, rows) -> None:
@@ -177,7 +180,7 @@ class Record:
         if peak["bytes"] is not None:
             before = self.before["bytes"] if self.before and self.config.device.type != "cuda" else 0
             highest = max(peak["bytes"] - before, self.facts["measured"].get("peak_bytes") or 0)
-            self.facts["measured"] |= {"peak_bytes": highest, "peak_of": peak["of"]}
+            self.facts["measured"] |= {"peak_bytes": highest or None, "peak_of": peak["of"] if highest else "no more than this process had held before the run"}
         began = time.monotonic()
         provenance.write_json(self.folder / RUN_FILE, self.facts)
         self._written = time.monotonic()

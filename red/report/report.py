@@ -72,7 +72,7 @@ def _cards(run: Run) -> str:
         small = [f"{count(rate)} tokens/s"] * bool(rate) + [f"{sessions} sessions"] * (sessions > 1)
         cards.append(card("training", "start3", duration(seconds),
                           f"{number(run.number('steps', 'done'))} steps" + (f", {count(tokens)} tokens" if tokens else ""),
-                          " · ".join(small) or " "))
+                          *[" · ".join(small)] * bool(small)))
     elif run.number("measured", "start_seconds") is not None:
         cards.append(card("start", "start3", duration(run.number("measured", "start_seconds")), "calibration, map and fit",
                           f"start {words.start_name(run)}"))

@@ -6,6 +6,7 @@ from red.report.run import Run, finite_number
 from red.report.units import count, duration, number, percent, ratio, size
 
 NOT_MEASURED = "not measured"
+SAYS_NOTHING = "its teacher solves none of the canary's problems, which therefore say nothing of the student."
 LOGGED = "By optimiser step; means over the steps since the line before. Axes of losses are logarithmic where the values differ much."
 FLUENT = ("Text that is easy to predict comes back long before reasoning does: a cross entropy that falls while the share of problems solved stays low is a "
           "student that talks fluently and cannot do its steps.")
@@ -106,17 +107,17 @@ def worth(run: Run) -> tuple[list[str], list[list[str]]]:
     teacher, student, _, _ = canary(run)
     first = run.series("canary/student")
     if first:
-        problems = setting(run, "canary_samples")
+        problems = run.number("measured", "canary_problems")
         rows.append(
             [
-                f"canary: problems solved, of {problems}" if problems else "canary: problems solved",
+                f"canary: problems solved, of {number(problems)}" if problems else "canary: problems solved",
                 percent(teacher),
                 percent(first[0][1]),
                 percent(student),
             ]
         )
     elif run.method != "lori":
-        rows.append(["reasoning (canary)", "–", "–", f"{NOT_MEASURED}: canary_steps=100, or red eval"])
+        rows.append(["reasoning (canary)", "–", "–", f"{NOT_MEASURED}: {'' if run.method == 'compress' else 'canary_steps=100, or '}red eval"])
     for name, label in (
         ("loss", "training loss"),
         ("ce", "cross entropy, nats a token"),
@@ -218,7 +219,10 @@ def reloaded(run: Run) -> str:
 def how_to_judge(run: Run) -> str:
     if run.method == "lori":
         return f"{NOT_MEASURED.capitalize()}: red.lori.evaluate asks the student."
-    return (f"{NOT_MEASURED.capitalize()}: canary_steps=100 with canary_file asks while it trains; red eval STUDENT --against TEACHER --output RUN/eval.json, "
+    if canary(run)[0] == 0:
+        return f"{NOT_MEASURED.capitalize()}: {SAYS_NOTHING}"
+    asks = "" if run.method == "compress" else "canary_steps=100 with canary_file asks while it trains; "
+    return (f"{NOT_MEASURED.capitalize()}: {asks}red eval STUDENT --against TEACHER --output RUN/eval.json, "
             "then red report RUN, judges what came out.")
 
 
@@ -251,7 +255,7 @@ def limitations(run: Run) -> list[str]:
     if run.method != "lori":
         found.append("A narrower model forgets: what was not measured above may be lost, long chains of reasoning first.")
     if share is None and not run.judgements:
-        found.append("Its reasoning has not been measured.")
+        found.append(f"Its reasoning has not been measured{f': {SAYS_NOTHING}' if canary(run)[0] == 0 else '.'}")
     elif share is not None and not run.judgements:
         found.append("Its reasoning has been measured on a few short problems that were asked all through the training, not on a benchmark.")
     if not any("divergence" in judgement and judgement["divergence"] for _, judgement in run.judgements) and not run.series("eval_loss"):

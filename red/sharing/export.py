@@ -6,19 +6,21 @@ import copy
 import json
 import secrets
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from red import families
 from red.errors import REDError
 from red.files import atomic_write_safetensors, require_empty_output, sync
 from red.sharing.licences import carry, terms_of
 from red.sharing.preflight import probe, probe_tokenizer, run_preflight
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         REDError: unusable folder or dtype, weights that are not finite, or a checkpoint that does not reload to the same logits.
     """
     output_dir = require_empty_output(output_dir)
-    model = _plain_copy(student, _dtype(dtype, student.dtype), as_llama)
+    model = _plain_copy(student, export_dtype(dtype, student.dtype), as_llama)
     aside = output_dir.absolute().parent / f".{output_dir.absolute().name}.{secrets.token_hex(4)}.tmp"
     reference = aside.with_suffix(".safetensors")
     try:
@@ -108,9 +110,9 @@ def export(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         reference.unlink(missing_ok=True)
     if model.config.model_type == "qwen2" and model.config.head_dim * model.config.num_attention_heads != model.config.hidden_size:
         # seen in vLLM 0.32 and llama.cpp of November 2026: docs/clients
-        warnings.warn(f"{output_dir} is right in transformers, but some engines take hidden_size // num_attention_heads for a Qwen2's head_dim: vLLM's own Qwen2 "
-                      "loads it without a word and computes something else (its --model-impl transformers is right), llama.cpp refuses it. For them "
-                      "export it as a Llama: as_llama=True, or red export ... --as_llama.", stacklevel=2)
+        logger.warning(f"{output_dir} is right in transformers, but some engines take hidden_size // num_attention_heads for a Qwen2's head_dim: vLLM's own Qwen2 "
+                       "loads it without a word and computes something else (its --model-impl transformers is right), llama.cpp refuses it. For them "
+                       "export it as a Llama: as_llama=True, or red export ... --as_llama.")
     return ExportReport(output_dir, model.config.model_type, str(model.dtype).removeprefix("torch."), families.is_tied(model), model.num_parameters(),
                         size, found.get("max_abs_logit_difference"), found.get("generated"))
 
@@ -127,7 +129,8 @@ def _verify(model: PreTrainedModel, tokenizer, folder: Path, reference: Path) ->
     return found
 
 
-def _dtype(wanted: torch.dtype | str | None, own: torch.dtype) -> torch.dtype:
+def export_dtype(wanted: torch.dtype | str | None, own: torch.dtype = torch.float32) -> torch.dtype:
+    """What `dtype=` of an export means, None being `own`; REDError for what is no dtype of weights."""
     names = ("float32", "bfloat16", "float16", "float64")
     wanted = own if wanted is None else wanted
     dtype = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted

@@ -51,7 +51,9 @@ def students_place(output_dir: str | Path, resume: bool | str | Path, *, ignorin
     else:
         require_empty_output(place, what="The exported student", remedy="This run is finished.")
         if resume is not True:
-            require_existing(resume, "The checkpoint")
+            state = require_existing(resume, "The checkpoint") / TRAINER_STATE_NAME
+            if not state.is_file():
+                raise REDError(f"{str(resume)!r} is no checkpoint to resume from: it has no {TRAINER_STATE_NAME}. Name a checkpoint-N folder of a run.")
     return place
 
 

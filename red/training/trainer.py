@@ -37,6 +37,7 @@ from red.planning.memory_advice import explained
 from red.prepare import calibration_batches, check_request, pack_rows, ready_calibration, start_projections, training_rows
 from red.training.progress import RateAndLosses
 from red.training.projections import Projections
+from red.training.rehearsal import rehearse
 from red.training.rank_bonus import RankBonus
 from red.training.sharding import ShardedTraining, gathered, is_sharded, whole_student
 from red.data.streaming import StreamLoading, require_steps
@@ -76,6 +77,7 @@ class REDTrainer(Checkpoints, StreamLoading, ShardedTraining):
                            "Choose one by its name in args (optim, optim_args), or pass optimizer_cls_and_kwargs.")
         if is_sharded(teacher):
             raise REDError("This teacher was sharded by an earlier trainer, and a start needs whole weights. Load it anew.")
+        rehearse(args, held_out=eval_dataset is not None, own_metrics=kwargs.get("compute_metrics") is not None)
         canary = canary_problems(args.canary_file, args.canary_samples) if args.canary_steps else ()  # a broken file is refused first
         self.teacher = teacher.eval().to(args.device)
         check_request(teacher, args)
