@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import GPU, summary, synchronise
 
+WARNS = "called a synchronizing"  # torch's warning of one wait; what it says of the debug mode itself speaks of synchronizing too
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.equal.default"}  # an op that on a GPU makes the host wait
 
 
@@ -103,9 +104,10 @@ class Watch:
 
     def kernels(self, most: int = 10) -> dict:
         """Of the profiled step: the share of its time in which the device was busy (GPU only), and where most time went."""
-        seconds = self._spans()["step"][self.warmup + self.steps + 1][0]
+        spans = self._spans()  # from the step's first micro-step: before that the profiler starts, which can take seconds
+        seconds = sum(sum(spans[name][self.warmup + self.steps + 1]) for name in ("micro", "update"))
         if GPU:
-            events = [event for event in self._profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            events = [event for event in self._profile.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
             spans = [(event.time_range.start, event.time_range.end) for event in events]
             times = defaultdict(lambda: [0.0, 0])
             for event, (start, end) in zip(events, spans, strict=True):
@@ -139,7 +141,7 @@ class Waits:
         if GPU:
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
-            self.found.update(f"{os.path.basename(one.filename)}:{one.lineno}" for one in self._list if "synchroniz" in str(one.message))
+            self.found.update(f"{os.path.basename(one.filename)}:{one.lineno}" for one in self._list if WARNS in str(one.message))
         else:
             self._mode.__exit__(None, None, None)
 
