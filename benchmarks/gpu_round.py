@@ -25,6 +25,7 @@ for a rehearsal: a few tests, tiny shapes, Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -62,6 +63,7 @@ for shape in (3, 50, 20), (2, 128, 129), (1, 300, 90):
 torch.cuda.synchronize()
 """  # the extension's kernels, small
 NOT_ON_A_GPU = {"test_aot.py"}  # compiles in processes of its own: the part aot does that
+MANY_KERNELS = {"test_triton_linear_kd.py", "test_triton_gather.py"}  # over a hundred variants each, half a second and more to compile
 SECONDS_HERE = "SECONDS"  # in a command's words: its limit, less MARGIN
 
 
@@ -78,6 +80,7 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
     shapes = ["--shapes", "tiny"] if cpu else []
     step = ["--size", "tiny"] if cpu else ["--micro_steps", "2", "--seconds", SECONDS_HERE]  # of eight: a rung's start takes longer than its steps
     rows = [*pytest, "--benchmark-only", *shapes, "--kernels-json"]
+    side_by_side = ["-n", "3"] if importlib.util.find_spec("xdist") else []
     eranks = ["benchmarks/test_erank.py", "benchmarks/test_erank_estimate.py"]
     tools = ["memcheck", "racecheck"] if shutil.which("compute-sanitizer") and not cpu else []
     aot = ["--ops", "tap_mse"] if cpu else ["--arch", "90"]  # one of its two architectures: compiling for both takes longer than the tests
@@ -86,7 +89,7 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
         [
             Command("aot", 110, [python, "benchmarks/aot.py", "--out", out / "aot.json", *aot], optional=True),
             *[Command(f"sanitizer {tool}", 110, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-c", CHECKED], optional=True) for tool in tools],
-            *[Command(f"tests {path}", 110, [*pytest, path]) for path in test_files(cpu)],
+            *[Command(f"tests {path}", 110, [*pytest, *(side_by_side if path.name in MANY_KERNELS else ()), path]) for path in test_files(cpu)],
         ],
         [Command("benchmarks", 115, [*rows, out, "benchmarks", *(f"--ignore={path}" for path in eranks)])],
         [Command("step", 150, [python, "benchmarks/step.py", "--out", out, "--steps", "3", "--warmup", "1", *step])],
@@ -125,8 +128,6 @@ def run(command: Command, deadline: float, scratch: Path) -> dict:
         log.write_text("not started: no time left\n")
         return {**ended, "exit": None, "seconds": 0.0}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` leaves it so, and a child would inherit the deaf ear
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as file:
         words = [str(word).replace(SECONDS_HERE, f"{max(limit - MARGIN, 1):.0f}") for word in command.words]
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -170,6 +171,7 @@ def summary(ended: list[dict], out: Path, seconds: float) -> list[str]:
         lines.append(f"FAILED {part['name']}: {how(part)} after {part['seconds']:.0f} s{' (optional)' * part['optional']}")
         said = part["log"].read_text(errors="replace").splitlines()
         lines += [f"    {line[:240]}" for line in ([line for line in said if line.startswith(("FAILED", "ERROR"))] or said[-4:])[:12]]
+    lines += [f"extension: {part['log'].read_text(errors='replace').strip()[-240:]}" for part in ended if part["name"] == "extension"]  # with its CUDA part, or why not
     rows = kernel_rows(out)
     lines += [*report.goal_lines(rows), *map(report.line, rows)]
     for place in [*out.glob("step_*.json"), *out.glob("launches.json")]:
@@ -212,6 +214,8 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.cpu:
         parser.error("no GPU is visible; --cpu rehearses without one")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` leaves it so, and a child would inherit the deaf ear; only the main thread may
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     began, out = time.monotonic(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     about = {"device": report.timing.device_name(), "versions": report.versions(), "commit": report.commit(), "state_before": gpu_state()}

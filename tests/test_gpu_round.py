@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 
@@ -31,6 +32,13 @@ def test_the_profile_is_of_the_row_furthest_from_its_ceiling(tmp_path, monkeypat
     monkeypatch.setattr(gpu_round.shutil, "which", lambda name: name)
     profile, demo = gpu_round.last_parts(tmp_path, tmp_path, cpu=False)
     assert profile[0].name == "ncu far" and profile[0].optional and profile[0].words[-1] == "far" and demo[0].name == "demo"
+
+
+@pytest.mark.parametrize("xdist", [None, "there"])
+def test_what_compiles_longest_runs_in_several_processes(tmp_path, monkeypatch, xdist):
+    monkeypatch.setattr(gpu_round.importlib.util, "find_spec", lambda name: xdist)
+    words = {command.words[-1].name: command.words for group in gpu_round.first_parts(tmp_path, cpu=False) for command in group if command.name.startswith("tests")}
+    assert gpu_round.MANY_KERNELS <= words.keys() and {name for name in words if "-n" in words[name]} == (gpu_round.MANY_KERNELS if xdist else set())
 
 
 def test_the_extension_is_checked_for_memory_and_races(tmp_path, monkeypatch):
@@ -71,6 +79,15 @@ def test_without_a_gpu_it_refuses(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_round.main()
     assert "no GPU is visible" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_round_that_a_shell_made_deaf_to_interrupts(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        last = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+        assert round_of(monkeypatch, tmp_path, last=last)[0] == 0 and "True" in (tmp_path / "log.txt").read_text()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_command_learns_how_long_it_has(tmp_path):
