@@ -93,7 +93,7 @@ def first_parts(out: Path, cpu: bool) -> list[list[Command]]:
         ],
         [Command("benchmarks", 115, [*rows, out, "benchmarks", *(f"--ignore={path}" for path in eranks)])],
         [Command("step", 150, [python, "benchmarks/step.py", "--out", out, "--steps", "3", "--warmup", "1", *step])],
-        [Command("launches", 40, [python, "benchmarks/launches.py", "--out", out / "launches.json", *shapes, *(["--seconds", "0"] if cpu else [])])],
+        [Command("launches", 60, [python, "benchmarks/launches.py", "--out", out / "launches.json", *shapes, *(["--seconds", "0"] if cpu else [])])],
         [Command("erank", 90, [*rows, out / "kernels_erank.json", *reversed(eranks)])],
     ]
 
