@@ -151,6 +151,24 @@ def test_the_lines_of_a_sweep():
     assert launches.lines(rows) == ["gather, a: 1 ms; second 1.00x, first* 2.00x", "    third: broke"]
 
 
+def test_a_sweep_is_on_the_disk_row_by_row(tmp_path, monkeypatch):
+    kept = []
+
+    def sweep(*_):
+        for name in ("first", "second"):
+            yield dict(op="gather", variant="a", launch=name, median_ms=1.0, fault=None)
+            kept.append(len(json.loads((tmp_path / "launches.json").read_text())["rows"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launches, "sweep", sweep)
+    monkeypatch.setenv("RED_BACKEND", "triton")  # main sets both
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--shapes", "tiny", "--out", str(tmp_path / "launches.json")])
+    with pytest.raises(KeyboardInterrupt):
+        launches.main()
+    assert kept == [1, 2]
+
+
 def test_the_tables_of_the_docs_are_current():
     page = documents.PAGE.read_text()
     assert page == documents.filled(page), "run python benchmarks/documents.py"
