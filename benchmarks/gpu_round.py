@@ -127,7 +127,8 @@ def run(command: Command, deadline: float, scratch: Path) -> dict:
     if limit < 5:
         log.write_text("not started: no time left\n")
         return {**ended, "exit": None, "seconds": 0.0}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # packages may have been brought along
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
     with open(log, "w") as file:
         words = [str(word).replace(SECONDS_HERE, f"{max(limit - MARGIN, 1):.0f}") for word in command.words]
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

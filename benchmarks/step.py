@@ -171,7 +171,7 @@ def one_rung(name: str, size_name: str, micro_steps: int, steps: int, warmup: in
 
 def in_a_process(words: Sequence[object], environment: dict[str, str], seconds: float) -> dict:
     """The last line that this script printed, from JSON; or how it failed."""
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **environment, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **environment}  # the script finds the repository itself
     try:
         done = subprocess.run([sys.executable, __file__, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 1))
         said, failure = done.stderr.strip(), "failed" if done.returncode else None

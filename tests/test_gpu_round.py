@@ -49,7 +49,15 @@ def test_the_extension_is_checked_for_memory_and_races(tmp_path, monkeypatch):
     exec(compile(on_a_cpu, "CHECKED", "exec"), {})  # noqa: S102
 
 
-def test_a_command_past_its_limit_is_interrupted_and_can_still_write(tmp_path):
+@pytest.fixture
+def interrupts():
+    """Those of a process in the foreground: a shell's `&` has them ignored. The value sets them anew."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_past_its_limit_is_interrupted_and_can_still_write(tmp_path, interrupts):
     script = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
     part = gpu_round.run(Command("slow", 5.5, [sys.executable, "-I", "-S", "-c", script]), time.monotonic() + 60, tmp_path)
     assert part["exit"] is None and 5 < part["seconds"] < 30 and part["log"].read_text() == "written\n"
@@ -81,13 +89,16 @@ def test_without_a_gpu_it_refuses(tmp_path, monkeypatch, capsys):
     assert "no GPU is visible" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_round_that_a_shell_made_deaf_to_interrupts(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        last = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-        assert round_of(monkeypatch, tmp_path, last=last)[0] == 0 and "True" in (tmp_path / "log.txt").read_text()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_a_round_that_a_shell_made_deaf_to_interrupts(tmp_path, monkeypatch, interrupts):
+    interrupts(signal.SIG_IGN)
+    last = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert round_of(monkeypatch, tmp_path, last=last)[0] == 0 and "True" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_command_finds_the_repository_and_what_was_brought_along(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/brought")
+    part = gpu_round.run(Command("path", 30, [sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"]), time.monotonic() + 60, tmp_path)
+    assert part["log"].read_text().strip() == f"{gpu_round.ROOT}:/brought"
 
 
 def test_a_command_learns_how_long_it_has(tmp_path):
