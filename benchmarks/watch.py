@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,10 +59,12 @@ class Watch:
             self._waits.stop()
             activity = torch.profiler.ProfilerActivity
             self._profile = torch.profiler.profile(activities=[activity.CUDA if GPU else activity.CPU])
-            self._profile.start()
+            with suppress(RuntimeError):  # where the driver allows no profiler the times are there all the same
+                self._profile.start()
         elif counted == 2:
             synchronise()
-            self._profile.stop()
+            with suppress(RuntimeError):
+                self._profile.stop()
 
     def _mark(self, name: str) -> None:
         if GPU:
@@ -103,7 +106,13 @@ class Watch:
         return dict(self._waits.found.most_common())
 
     def kernels(self, most: int = 10) -> dict:
-        """Of the profiled step: the share of its time in which the device was busy (GPU only), and where most time went."""
+        """Of the profiled step: the share of its time in which the device was busy (GPU only), and where most time went; or why that is not known."""
+        try:
+            return self._kernels(most)
+        except Exception as error:
+            return {"busy": None, "top": [], "fault": f"{type(error).__name__}: {error}"}
+
+    def _kernels(self, most: int) -> dict:
         spans = self._spans()  # from the step's first micro-step: before that the profiler starts, which can take seconds
         seconds = sum(sum(spans[name][self.warmup + self.steps + 1]) for name in ("micro", "update"))
         if GPU:

@@ -144,6 +144,21 @@ def test_the_profiled_step_begins_after_the_profiler(monkeypatch):
     assert found["profiled_step_s"] == pytest.approx(4) and found["busy"] == pytest.approx(0.5) and [one["name"] for one in found["top"]] == ["kernel"]
 
 
+def test_a_profiler_that_fails_costs_no_times(monkeypatch):
+    class Profile:
+        def __init__(self, activities): ...
+        def start(self): raise RuntimeError("CUPTI: insufficient privileges")
+        def stop(self): raise RuntimeError("not started")
+        def key_averages(self): raise AssertionError("Profiler must be initialized before getting events")
+
+    monkeypatch.setattr(watch, "GPU", False)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    seen = watch.Watch(warmup=0, steps=1)
+    for _ in range(seen.total):
+        seen.micro(), seen.update(), seen.ended()
+    assert seen.kernels()["busy"] is None and "must be initialized" in seen.kernels()["fault"] and seen.times(1)["step_s"] > 0
+
+
 def test_the_union_of_kernels():
     assert watch.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4 and watch.covered([]) == 0
 
