@@ -174,7 +174,8 @@ def row_of(case: Case, ceilings: dict, notes: list[str]) -> dict:
             prepared = [rival.prepare(*inputs) for inputs in copies]
             time = together.get(name) or timing.measure(rival.run, prepared, case.seconds, case.repeats, rival.capture)
             median, how = time.median * rival.times, time.how if rival.times == 1 else f"{time.how}, one of {rival.times:g}"
-            row["rivals"][name] = {"median_ms": median * 1e3, "spread": time.spread, "how": how, "peak_mib": timing.peak_mib(rival.run, prepared[0])}
+            peak = timing.peak_mib(rival.run, prepared[0]) if rival.times == 1 else None  # of a share it says nothing, and may take seconds
+            row["rivals"][name] = {"median_ms": median * 1e3, "spread": time.spread, "how": how, "peak_mib": peak}
             row["ratios"][name] = median / ours.median
         except Exception as error:
             notes.append(f"{name} cannot be timed: {_first_line(error)}")

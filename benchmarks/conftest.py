@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, report, timing
+from red.files import atomic_write_text
 
 ROWS, CEILINGS = pytest.StashKey[list](), pytest.StashKey[dict]()
 
@@ -32,7 +33,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem == "test_erank")  # last: its rival takes tens of seconds, and no other row should wait for it
+    """Rows of the targets first, should time run out; effective rank last: its rivals take tens of seconds, and no other row should wait for them."""
+    def place(item):
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return item.path.stem.startswith("test_erank"), getattr(case, "target", None) is None
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -57,25 +63,27 @@ def measure(benchmark, request):
             timing.synchronise()
 
         benchmark.group = case.op
-        benchmark.pedantic(call, rounds=case.repeats, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=case.repeats, warmup_rounds=int(case.repeats > 1))
         del inputs
         row = cases.row_of(case, request.getfixturevalue("ceilings"), [])
         row["call_ms"] = benchmark.stats.stats.median * 1e3
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)
+        keep_rows(request.config)
 
     yield measured
     timing.forget()
 
 
-def pytest_sessionfinish(session):
-    rows, place = session.config.stash[ROWS], session.config.getoption("kernels_json")
-    if place is None or not rows:
+def keep_rows(config) -> None:
+    """After every row, because a run may be killed in the next one."""
+    place = config.getoption("kernels_json")
+    if place is None:
         return
-    found = report.document(rows, session.config.stash[CEILINGS])
+    found = report.document(config.stash[ROWS], config.stash[CEILINGS])
     if place.is_dir():
         place /= report.file_name(found["device"])
-    place.write_text(json.dumps(found, indent=1) + "\n")
+    atomic_write_text(place, json.dumps(found, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config):

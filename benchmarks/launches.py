@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks import cases, report, timing
 from benchmarks.cases import Case
+from red.files import atomic_write_text
 from red_kernels.triton import launch
 
 
@@ -95,13 +96,13 @@ def main() -> int:
         timing.synchronise()
         return 0
     rows: list[dict] = []
+    about = {"device": timing.device_name(), "versions": report.versions(), "commit": report.commit()}
     try:
         for row in sweep(options.ops, options.shapes, options.seconds):
             rows.append(row)
-    finally:  # out of time, or a launch that left the device unusable: what was measured before is kept
-        if options.out:
-            found = {"device": timing.device_name(), "versions": report.versions(), "commit": report.commit(), "rows": rows}
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            if options.out:  # out of time, or a launch that left the device unusable: what was measured before is kept
+                atomic_write_text(options.out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    finally:
         print("\n".join(lines(rows)), flush=True)
     return sum(row["fault"] is not None for row in rows) > 0
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def versions() -> dict[str, str | None]:
     """Of what decides a time; None = not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "triton", "liger-kernel"):
+    for name in ("torch", "triton", "transformers", "liger-kernel"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,11 +36,13 @@ from benchmarks.watch import Watch, memory
 from red.planning import costs
 from red.config import REDConfig
 from red.errors import REDError
+from red.files import atomic_write_text
 from red.data.packing import PackedDataset, collate, pack
 from red.prepare import ready_calibration, start_projections
 from red.training.trainer import REDTrainer
 
 OUT_OF_MEMORY = "out of memory"
+FEWEST_SECONDS = 20  # left, for a rung to be started: its process imports for that long
 SPEED, PEER, PEAK, LOW_PEAK = 25_000, 1.7, 48, 40  # tokens a second, times the peer, GiB; of the Llama-3.2-3B shape on one H100
 
 
@@ -169,21 +171,26 @@ def one_rung(name: str, size_name: str, micro_steps: int, steps: int, warmup: in
 
 def in_a_process(words: Sequence[object], environment: dict[str, str], seconds: float) -> dict:
     """The last line that this script printed, from JSON; or how it failed."""
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **environment, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **environment}  # the script finds the repository itself
     try:
         done = subprocess.run([sys.executable, __file__, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
-        return {"status": f"out of time, after {seconds:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"status": f"failed: {last[:300]}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        said, failure = done.stderr.strip(), "failed" if done.returncode else None
+    except subprocess.TimeoutExpired as error:
+        said, failure = (error.stderr or b"").decode(errors="replace").strip(), f"out of time, after {seconds:.0f} s"
+    if failure is None:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    said = said.splitlines() or ["no output"]
+    print("\n    ".join([" ".join(map(str, words)), *said[-40:]]), file=sys.stderr, flush=True)  # the row has its last line alone
+    return {"status": failure if failure != "failed" else f"failed: {said[-1][:300]}"}
 
 
-def climb(size_name: str, wanted: Sequence[str], micro_steps: int, steps: int, warmup: int, seconds: float) -> dict:
-    """Every rung, the top one first, then the peers and the settings apart: what matters most is there when time is out. Rows come back in the ladder's order."""
+def climb(size_name: str, wanted: Sequence[str], micro_steps: int, steps: int, warmup: int, seconds: float, keep: Callable[[dict], None] = lambda found: None) -> dict:
+    """Every rung, the top one first, then the peers and the settings apart: what matters most is there when time is out. Rows come back in the ladder's order.
+
+    `keep` gets what was found after every rung, because this may be stopped in the next one.
+    """
     deadline, size, found = time.monotonic() + seconds, SIZES[size_name], {}
-    ceilings = in_a_process(["--ceilings"], {}, seconds)
+    ceilings = in_a_process(["--ceilings"], {}, min(seconds, 90))
     top = tops(GPU)
     for setup in sorted(setups(GPU), key=lambda one: (one.rung is not top, not (one.rung.peer or one.rung.apart), LADDER.index(one.rung))):
         rung, row = setup.rung, None
@@ -191,14 +198,22 @@ def climb(size_name: str, wanted: Sequence[str], micro_steps: int, steps: int, w
             continue
         for rows in range(rung.rows or size.rows, 0, -1):
             words = ["--rung", rung.name, "--size", size_name, "--micro_steps", micro_steps, "--steps", steps, "--warmup", warmup, "--rows", rows]
-            row = {"status": setup.why_not} if setup.why_not else in_a_process(words, setup.environment, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            why_not = setup.why_not or ("no time left" if left < FEWEST_SECONDS else None)
+            row = {"status": why_not} if why_not else in_a_process(words, setup.environment, left)
             if row["status"] != OUT_OF_MEMORY or not rung.peer:
                 break
         found[rung.name] = {"rung": rung.name, "why": rung.why, "peer": rung.peer, "settings": setup.settings, **row}
         print(line(found[rung.name]), flush=True)
-    rows = [found[rung.name] for rung in LADDER if rung.name in found]
+        keep(document(found, size_name, ceilings))
+    return document(found, size_name, ceilings)
+
+
+def document(found: dict[str, dict], size_name: str, ceilings: dict) -> dict:
+    """What the file holds, of rows by their rung's name. Without ceilings (their process failed) there is no MFU."""
+    size, rows = SIZES[size_name], [found[rung.name] for rung in LADDER if rung.name in found]
     flops = floor_flops(size)
-    for row in rows:
+    for row in rows if "product_tflops" in ceilings else ():
         if row["status"] == "measured":
             row["mfu"] = row["tokens_per_second"] * flops["floor"] / ceilings["product_tflops"] / 1e12
             row["mfu_useful"] = row["tokens_per_second"] * flops["useful"] / ceilings["product_tflops"] / 1e12
@@ -272,11 +287,11 @@ def main() -> None:
     elif options.rung:
         print(json.dumps(one_rung(options.rung, options.size, micro_steps, options.steps, options.warmup, options.rows)))
     else:
-        found = climb(options.size, options.rungs, micro_steps, options.steps, options.warmup, options.seconds)
-        print("\n".join(lines(found)))
-        if options.out:
-            place = options.out / file_name(found) if options.out.is_dir() else options.out
-            place.write_text(json.dumps(found, indent=1) + "\n")
+        def keep(found: dict) -> None:
+            if options.out:
+                atomic_write_text(options.out / file_name(found) if options.out.is_dir() else options.out, json.dumps(found, indent=1) + "\n")
+
+        print("\n".join(lines(climb(options.size, options.rungs, micro_steps, options.steps, options.warmup, options.seconds, keep))))
 
 
 if __name__ == "__main__":

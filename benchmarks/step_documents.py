@@ -32,7 +32,7 @@ def ladder(found: dict | None) -> str:
         expected, row = forecast(setup, SIZES[SIZE]), rows.get(setup.rung.name, {"status": "not measured"})
         told = [row["status"], "", ""]
         if row["status"] == "measured":
-            told = [f"{row['tokens_per_second']:.0f}", f"{100 * row['mfu']:.0f} %", f"{row['memory']['device_gib']:.1f}"]
+            told = [f"{row['tokens_per_second']:.0f}", f"{100 * row['mfu']:.0f} %" if "mfu" in row else "", f"{row['memory']['device_gib']:.1f}"]
         parts = [f"{1e3 * getattr(expected, part):.0f}" for part in (*PARTS, "update")]
         peak = "" if expected.peak_gib is None else f"{expected.peak_gib:.1f}"
         lines.append([setup.rung.name, *parts, f"{round(expected.tokens_per_second, -2):.0f}", peak, *told])

@@ -23,6 +23,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 CACHES = 4  # a rotation of inputs is this many times the L2 cache
 SAMPLE_SECONDS = 5e-3  # a sample is at least this long, so that its start does not matter
+LONG = 1.0  # seconds of a call that needs no warm-up: its first time counts
 
 
 class Timing(NamedTuple):
@@ -84,7 +85,7 @@ def measure(run: Callable, copies: list[tuple], seconds: float = 0.3, repeats: i
     times = max(1, min(200, math.ceil(SAMPLE_SECONDS / took)))
     if took < 0.05:
         _between_events(replay, math.ceil(0.05 / took))  # clocks up
-    samples, began = [], time.perf_counter()
+    samples, began = [took / len(copies)] if took > LONG else [], time.perf_counter()
     while len(samples) < repeats or (time.perf_counter() - began < seconds and len(samples) < 50):
         samples.append(_between_events(replay, times) / len(copies))
     return summary(samples, how)

@@ -14,12 +14,14 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import GPU, summary, synchronise
 
+WARNS = "called a synchronizing"  # torch's warning of one wait; what it says of the debug mode itself speaks of synchronizing too
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.equal.default"}  # an op that on a GPU makes the host wait
 
 
@@ -57,10 +59,12 @@ class Watch:
             self._waits.stop()
             activity = torch.profiler.ProfilerActivity
             self._profile = torch.profiler.profile(activities=[activity.CUDA if GPU else activity.CPU])
-            self._profile.start()
+            with suppress(RuntimeError):  # where the driver allows no profiler the times are there all the same
+                self._profile.start()
         elif counted == 2:
             synchronise()
-            self._profile.stop()
+            with suppress(RuntimeError):
+                self._profile.stop()
 
     def _mark(self, name: str) -> None:
         if GPU:
@@ -102,10 +106,17 @@ class Watch:
         return dict(self._waits.found.most_common())
 
     def kernels(self, most: int = 10) -> dict:
-        """Of the profiled step: the share of its time in which the device was busy (GPU only), and where most time went."""
-        seconds = self._spans()["step"][self.warmup + self.steps + 1][0]
+        """Of the profiled step: the share of its time in which the device was busy (GPU only), and where most time went; or why that is not known."""
+        try:
+            return self._kernels(most)
+        except Exception as error:
+            return {"busy": None, "top": [], "fault": f"{type(error).__name__}: {error}"}
+
+    def _kernels(self, most: int) -> dict:
+        spans = self._spans()  # from the step's first micro-step: before that the profiler starts, which can take seconds
+        seconds = sum(sum(spans[name][self.warmup + self.steps + 1]) for name in ("micro", "update"))
         if GPU:
-            events = [event for event in self._profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            events = [event for event in self._profile.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
             spans = [(event.time_range.start, event.time_range.end) for event in events]
             times = defaultdict(lambda: [0.0, 0])
             for event, (start, end) in zip(events, spans, strict=True):
@@ -139,7 +150,7 @@ class Waits:
         if GPU:
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
-            self.found.update(f"{os.path.basename(one.filename)}:{one.lineno}" for one in self._list if "synchroniz" in str(one.message))
+            self.found.update(f"{os.path.basename(one.filename)}:{one.lineno}" for one in self._list if WARNS in str(one.message))
         else:
             self._mode.__exit__(None, None, None)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -125,11 +126,19 @@ def test_a_timing():
 
 
 def test_the_json_of_a_run(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_tap_mse.py", "--benchmark-only", "--shapes", "tiny"]
+    """Rows are on the disk before the next one begins, which may be the last that the process does."""
+    spy = "import pathlib\nseen = []\ndef pytest_runtest_setup(item):\n    seen.append([path.read_text() for path in pathlib.Path('OUT').iterdir()])\n" \
+          "def pytest_sessionfinish():\n    pathlib.Path('OUT.seen').write_text(str([len(one) for one in seen]))\n"
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "spy.py").write_text(spy.replace("OUT", str(out)))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "spy", "benchmarks/test_tap_mse.py", "--benchmark-only", "--shapes", "tiny"]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # a worker's child would not be timed
-    done = subprocess.run([*command, "--kernels-json", str(tmp_path)], cwd=ROOT, env=alone, capture_output=True, text=True)
+    alone["PYTHONPATH"] = os.pathsep.join([str(tmp_path), alone.get("PYTHONPATH", "")])
+    done = subprocess.run([*command, "--kernels-json", str(out)], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (place,) = tmp_path.iterdir()
+    assert (tmp_path / "out.seen").read_text() == "[0, 1]"
+    (place,) = out.iterdir()
     found = json.loads(place.read_text())
     assert place.name == report.file_name(found["device"]) and found.keys() == {"device", "ceilings", "versions", "commit", "rows"}
     assert len(found["rows"]) == 2 and all(ROW <= row.keys() and ("gbps" in row) != ("tflops" in row) for row in found["rows"])
@@ -140,6 +149,24 @@ def test_the_lines_of_a_sweep():
     timed = (("first", 2.0, None), ("second", 1.0, None), ("third", None, "broke"))
     rows = [dict(op="gather", variant="a", launch=name, median_ms=ms, fault=fault) for name, ms, fault in timed]
     assert launches.lines(rows) == ["gather, a: 1 ms; second 1.00x, first* 2.00x", "    third: broke"]
+
+
+def test_a_sweep_is_on_the_disk_row_by_row(tmp_path, monkeypatch):
+    kept = []
+
+    def sweep(*_):
+        for name in ("first", "second"):
+            yield dict(op="gather", variant="a", launch=name, median_ms=1.0, fault=None)
+            kept.append(len(json.loads((tmp_path / "launches.json").read_text())["rows"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launches, "sweep", sweep)
+    monkeypatch.setenv("RED_BACKEND", "triton")  # main sets both
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--shapes", "tiny", "--out", str(tmp_path / "launches.json")])
+    with pytest.raises(KeyboardInterrupt):
+        launches.main()
+    assert kept == [1, 2]
 
 
 def test_the_tables_of_the_docs_are_current():
@@ -198,6 +225,25 @@ class FakeGPU:
         else:
             raise RuntimeError("operation not permitted when stream is capturing")
         return torch.empty(1 << 18)
+
+
+def test_a_call_of_seconds_is_timed_once(monkeypatch):
+    gpu = FakeGPU(monkeypatch, seconds=2.0)
+    found = timing.measure(gpu.run, [(torch.ones(100),)], seconds=0.0, repeats=1, capture=False)
+    assert (found.median, found.repeats, gpu.now) == (2.0, 1, 2.0)
+
+
+def test_targets_come_first_and_effective_rank_last():
+    from benchmarks import conftest
+
+    def item(file, target):
+        return types.SimpleNamespace(path=Path(f"{file}.py"), callspec=types.SimpleNamespace(params={"case": types.SimpleNamespace(target=target)}), name=(file, target))
+
+    items = [item("test_covariance", None), item("test_erank", None), item("test_erank_estimate", "K5"), item("test_gather", "K3"), item("test_linear_kd", None), item("test_linear_kd", "K4"),
+             types.SimpleNamespace(path=Path("test_step.py"), name="a skip")]  # fmt: skip
+    conftest.pytest_collection_modifyitems(items)
+    assert [one.name for one in items] == [("test_gather", "K3"), ("test_linear_kd", "K4"), ("test_covariance", None), ("test_linear_kd", None), "a skip", ("test_erank_estimate", "K5"),
+                                           ("test_erank", None)]  # fmt: skip
 
 
 @pytest.mark.parametrize("capturable", [True, False], ids=["graph", "events"])

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -96,6 +98,67 @@ def test_waits_are_found_at_their_line():
     assert sum(waits.found.values()) == 1 and next(iter(waits.found)).startswith("test_step_benchmark.py:")
 
 
+def test_a_gpus_waits_are_what_torch_warns_of(monkeypatch):
+    """Not its warning of the debug mode itself, which speaks of synchronizing operations too."""
+    monkeypatch.setattr(watch, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: mode == "warn" and warnings.warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations", stacklevel=1))
+    waits = watch.Waits().start()
+    for _ in range(2):
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
+    waits.stop()
+    assert list(waits.found.values()) == [2] and next(iter(waits.found)).startswith("test_step_benchmark.py:")
+
+
+def test_the_profiled_step_begins_after_the_profiler(monkeypatch):
+    """Which takes a minute to start here, and not a part of the busy share. What annotates kernels is none."""
+    now, cuda = [0.0], torch.autograd.DeviceType.CUDA
+    event = types.SimpleNamespace(device_type=cuda, is_user_annotation=False, name="kernel", time_range=types.SimpleNamespace(start=0.0, end=2e6))
+    annotation = types.SimpleNamespace(**{**vars(event), "is_user_annotation": True, "name": "Optimizer.step", "time_range": types.SimpleNamespace(start=0.0, end=4e6)})
+
+    class Profile:
+        def __init__(self, activities): ...
+        def start(self): now[0] += 60
+        def stop(self): ...
+        def events(self): return [event, annotation]
+
+    class Event:
+        def __init__(self, enable_timing): ...
+        def record(self): self.at = now[0]
+        def elapsed_time(self, end): return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(watch, "GPU", True)
+    monkeypatch.setattr(watch, "synchronise", lambda: None)
+    monkeypatch.setattr(watch.Waits, "start", lambda self: self)
+    monkeypatch.setattr(watch.Waits, "stop", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    seen = watch.Watch(warmup=0, steps=1)
+    for _ in range(seen.total):
+        seen.micro()
+        now[0] += 3
+        seen.update()
+        now[0] += 1
+        seen.ended()
+    found = seen.kernels()
+    assert found["profiled_step_s"] == pytest.approx(4) and found["busy"] == pytest.approx(0.5) and [one["name"] for one in found["top"]] == ["kernel"]
+
+
+def test_a_profiler_that_fails_costs_no_times(monkeypatch):
+    class Profile:
+        def __init__(self, activities): ...
+        def start(self): raise RuntimeError("CUPTI: insufficient privileges")
+        def stop(self): raise RuntimeError("not started")
+        def key_averages(self): raise AssertionError("Profiler must be initialized before getting events")
+
+    monkeypatch.setattr(watch, "GPU", False)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    seen = watch.Watch(warmup=1, steps=1)
+    for _ in range(seen.total):
+        seen.micro(), seen.update(), seen.ended()
+    assert seen.kernels()["busy"] is None and "must be initialized" in seen.kernels()["fault"] and seen.times(1)["step_s"] > 0
+
+
 def test_the_union_of_kernels():
     assert watch.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4 and watch.covered([]) == 0
 
@@ -119,17 +182,17 @@ def test_a_rung_that_is_too_large(monkeypatch, name, owner):
     assert step.one_rung(name, "tiny", micro_steps=1, steps=2, warmup=1, rows=None)["status"] == step.OUT_OF_MEMORY
 
 
-def climbed(monkeypatch, answers):
+def climbed(monkeypatch, answers, ceilings={"product_tflops": 800.0}, seconds=100.0, keep=lambda found: None):  # noqa: B006
     """A climb whose rungs answer from a table; the words of every call."""
     asked = []
 
     def answer(words, environment, seconds):
         asked.append(words)
-        return {"product_tflops": 800.0} if words == ["--ceilings"] else answers(words[1], words[-1])
+        return ceilings if words == ["--ceilings"] else answers(words[1], words[-1])
 
     monkeypatch.setattr(step, "in_a_process", answer)
     monkeypatch.setattr(step, "GPU", True)
-    return step.climb("llama-3.2-3b", [], 2, 3, 1, 100.0), asked
+    return step.climb("llama-3.2-3b", [], 2, 3, 1, seconds, keep), asked
 
 
 def measured(speed: float, peak: float) -> dict:
@@ -162,9 +225,24 @@ def test_nothing_measured_meets_nothing(monkeypatch):
     assert [goal["met"] for goal in found["goals"]] == [None] * 4 and "not measured" in step.lines(found)[0]
 
 
-def test_a_process_that_fails_or_hangs_says_so():
+def test_each_rung_is_kept_before_the_next(monkeypatch):
+    """Also where the ceilings' process failed: there is then no MFU."""
+    kept = []
+    found, _ = climbed(monkeypatch, lambda name, rows: measured(10_000, 40), ceilings={"status": "failed: no"}, keep=lambda found: kept.append(json.dumps(found)))
+    assert [len(json.loads(text)["rows"]) for text in kept] == list(range(1, len(ladder.LADDER) + 1)) and json.loads(kept[-1]) == found
+    assert [row["rung"] for row in json.loads(kept[0])["rows"]] == ["+ compiled layers"] and not any("mfu" in row for row in found["rows"])
+    assert step_documents.ladder(found)
+
+
+def test_a_rung_without_time_is_not_started(monkeypatch):
+    found, asked = climbed(monkeypatch, lambda name, rows: measured(10_000, 40), seconds=5.0)
+    assert asked == [["--ceilings"]] and {row["status"] for row in found["rows"]} == {"no time left"}
+
+
+def test_a_process_that_fails_or_hangs_says_so(capfd):
     failed = step.in_a_process(["--rows", "many"], {}, 300)
     assert failed["status"].startswith("failed: ") and "invalid int value: 'many'" in failed["status"]
+    assert "--rows many\n    usage: step.py" in capfd.readouterr().err, "what it wrote, for the log"
     assert step.in_a_process(["--ceilings"], {}, 1)["status"] == "out of time, after 1 s"
 
 

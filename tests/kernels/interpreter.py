@@ -1,8 +1,8 @@
 """Repairs of Triton's CPU interpreter (3.6 and 3.7), which computes some things otherwise than a GPU does.
 
 `tl.dot` of bf16 operands multiplies their raw bits; float32 → bf16 truncates instead of rounding to the nearest even; the maximum of
-NaN and a number is NaN, where a GPU's is the number; integer overflow checks take a third of the time. None of this is ours to fix in a
-kernel, so the tests fix it here.
+NaN and a number is NaN, where a GPU's is the number; integer overflow checks take a third of the time; a scalar of 3.6 is an array of one
+number, which numpy 2.5 no longer takes for an index. None of this is ours to fix in a kernel, so the tests fix it here.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def repair() -> None:
     builder.repaired_by_red = True
     interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
-    dot, convert = builder.create_dot, interpreter._convert_float
+    dot, convert, patch = builder.create_dot, interpreter._convert_float, interpreter._patch_lang_tensor
 
     def create_dot(self, a, b, d, precision, max_imprecise):
         if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
@@ -35,7 +35,11 @@ def repair() -> None:
             return _nearest_bf16(values)
         return convert(values, source, target, rounding)
 
-    builder.create_dot, interpreter._convert_float = create_dot, convert_float
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    builder.create_dot, interpreter._convert_float, interpreter._patch_lang_tensor = create_dot, convert_float, patch_tensor
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 

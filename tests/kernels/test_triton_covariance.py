@@ -26,10 +26,11 @@ def check(device, x, scale, mask, before, launches=LAUNCHES):
         with launch.forcing("covariance", name):
             covariance(x_, scale=scale_, mask=mask_, out=out)
         assert torch.equal(out, out.T)
-        if scale is None or x.dtype == torch.float32:
+        on_tensor_cores = device.type == "cuda" and x.dtype == torch.float32  # three products, whose sums they cut off instead of rounding (arXiv 2203.03341)
+        if (scale is None or x.dtype == torch.float32) and not on_tensor_cores:
             assert_near(out.cpu(), truth, eager)
         else:  # two terms of a product hold 2⁻¹⁷ of it
-            bound = dense(x.double().abs(), scale.double(), mask, before.double().abs()) * 2**-16
+            bound = dense(x.double().abs(), None if scale is None else scale.double(), mask, before.double().abs()) * 2**-16
             assert ((out.cpu() - truth).abs() <= bound).all()
 
 
