@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git commit of the running `red`, with "-dirty" if tracked files differ; "unknown" if it is not run from its repository."""
+    """The git commit of the running `red`, with "-dirty" if tracked files differ, those aside that a study writes; "unknown" if it is not run from its repository."""
     package = Path(red.__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -57,7 +57,8 @@ def commit() -> str:
     # an installed copy may lie in a virtual environment inside some other repository: only a tracked file proves that it is ours
     if git("ls-files", "--error-unmatch", "__init__.py") is None or (revision := git("rev-parse", "HEAD")) is None:
         return "unknown"
-    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    written = (":(exclude,top)benchmarks/results", ":(exclude,top)docs")  # a study adds a line to its results after each run
+    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written) else "")
 
 
 def device(name: str) -> str:
