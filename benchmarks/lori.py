@@ -51,7 +51,7 @@ def full_table(results: Path = RESULTS, seeds=SEEDS) -> None:
     write(results, {"methods": methods, "low_rank": low_rank()})
 
 
-def longer(results: Path = RESULTS, steps: int = 2000, rates=(1e-3, 3e-3), methods=("lori", "codi", "coconut"), seeds=SEEDS) -> None:
+def longer(results: Path = RESULTS, steps: int = 2000, rates=(1e-3, 3e-3), methods=("lori", "codi", "codi_joint", "coconut", "no_cot"), seeds=SEEDS) -> None:
     found = {}
     for method in methods:
         rate = best_rate(method, rates, results, steps=steps)
