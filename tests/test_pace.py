@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from types import SimpleNamespace
 
@@ -36,9 +37,10 @@ def test_a_small_model_takes_about_that_long(tmp_path):
     rows = [{"input_ids": torch.randint(3, 64, (16,)).tolist()} for _ in range(96)]
     trainer = make_trainer(teacher, tmp_path, rows, callbacks=[clock], max_steps=10, **settings)
     trainer.train()
-    found, floor, how = pace.step_seconds(teacher.config, trainer.args, 64)
-    real = min(clock.taken[2:])
-    assert found / 4 < real < found * 4 and "timed" in how and not floor, (found, real)
+    tries = [pace.step_seconds(teacher.config, trainer.args, 64) for _ in range(5)]  # the machine may have other work now and then
+    found, floor, how = sorted(tries)[2]
+    real = statistics.median(clock.taken[2:])
+    assert found / 4 < real < found * 4 and "timed" in how and not floor, (tries, clock.taken)
     flops = costs.flops(Sizes.of(teacher.config), 64, context=64, sharing=128, tap_target="projected").total * 128
     assert flops / pace.measured_rate("cpu") < found / 2, "products alone, at a large one's rate, are next to nothing here"
 
