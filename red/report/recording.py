@@ -121,8 +121,7 @@ class Record:
             held_out = trainer.eval_dataset is not None
             self._rank(trainer.eval_dataset if held_out else trainer.train_dataset, trainer.teacher, trainer.student, trainer.accelerator, held_out)
         self._forecast(trainer)
-        asked = next((len(one.problems) for one in trainer.callback_handler.callbacks if isinstance(one, CanaryCallback)), None)
-        self.facts["measured"]["canary_problems"] = asked
+        self._canary(trainer)
         trainer.add_callback(Follow(self, trainer))
 
     def compressed(self, teacher, projections, calibration, seconds: float, data, rows) -> None:
@@ -152,6 +151,10 @@ class Record:
     def _student(self, student, data, rows) -> None:
         named = data if data is not None else self.config.train_file or self.config.dataset_name
         self.facts |= {"student": measuring.model_facts(student), "data": measuring.data_facts(named, rows)}
+
+    @quietly
+    def _canary(self, trainer) -> None:
+        self.facts["measured"]["canary_problems"] = next((len(one.problems) for one in trainer.callback_handler.callbacks if isinstance(one, CanaryCallback)), None)
 
     @quietly
     def _start(self, teacher, projections, importance, seconds: float, rows) -> None:
