@@ -56,8 +56,10 @@ def reached(cell, rows, key):
     return cell.startswith(told) or cell == told.split(" ")[0]
 
 
+ROWS = 19  # of the table of the trained starts
 NAMES = {"activation (RED)": "activation", "random (LRC's start)": "random", "random (LRC)": "random", "explained, not fitted": "explained", "balanced, not fitted": "balanced",
-         "activation + fitted readers": "activation + readers", "activation + start_fit: readers": "activation + readers", "orthogonal, one per module": "orthogonal"}
+         "activation + fitted readers": "activation + readers", "activation + start_fit: readers": "activation + readers", "orthogonal, one per module": "orthogonal", "activation + the whole fit": "activation + full", "pca + fitted readers": "pca + readers",
+         "activation, norm tap (as Minitron)": "activation, norm tap", "fitted (lowest rate of the grid)": "fitted"}
 
 
 def test_the_readmes_table():
@@ -70,11 +72,26 @@ def test_the_readmes_table():
 
 def test_the_trained_table():
     rows = table("docs/starts.md", "| start | half width | three eighths")
-    assert len(rows) == 14
+    assert len(rows) == ROWS
     for name, half, eighths, quarter, trained in rows:
         key = NAMES.get(name, name)
         assert reached(half, HALF, key) and reached(eighths, EIGHTHS, key) and reached(quarter, QUARTER, key), name
         assert not trained or matches(trained, QUARTER[key]["horizons"]["150"]["exact_match"]), name
+
+
+@pytest.mark.parametrize("heading, teacher, places", [
+    ("| start | half the width: untrained", "massive", (("massive_64", "64"), ("massive_48", "48"))),
+    ("| start | untrained | after 204k tokens", "rich", (("rich_80", "80"),)),
+])
+def test_the_other_teachers_tables(heading, teacher, places):
+    rows = table("docs/starts.md", heading)
+    assert [NAMES.get(name, name) for name, *_ in rows] == ["fitted", "pca", "activation"]
+    for name, *cells in rows:
+        key = NAMES.get(name, name)
+        for (file, width), (untrained, trained, tokens) in zip(places, zip(*[iter(cells)] * 3, strict=True), strict=True):
+            found = result(f"starts_{file}")["rows"]
+            assert matches(untrained, UNTRAINED[teacher][width][key]["exact_match"]), (name, width)
+            assert matches(trained, found[key]["horizons"]["150"]["exact_match"]) and reached(tokens, found, key), (name, width)
 
 
 def test_the_short_table_of_the_guide():
