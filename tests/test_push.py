@@ -15,7 +15,8 @@ from benchmarks import push
 from benchmarks.study import push_tables, recipes, variations
 from red.calibration import calibrate_batches
 from red.config import REDConfig
-from red.fitting.shared_map import most_explained
+from red.data.packing import for_attention
+from red.fitting.shared_map import most_explained, reader_gramians
 from red.starts import balanced
 
 
@@ -109,6 +110,40 @@ def test_a_variation_is_another_student_that_is_near_its_teacher(tiny_teacher, t
     far, own = (float((each - logits(teacher)).square().mean()) for each in (found, usual))
     assert (found - usual).abs().max() > 1e-4 and far < 2 * own + 1e-3, "as near as the usual one, or nearly"
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_half_of_what_is_heard_is_what_a_block_puts_out(tiny_teacher, tmp_path, monkeypatch):
+    """Against the whole Jacobian of a feed-forward network at every token, relative to the stream behind it."""
+    teacher, batches, given = tiny_teacher(), text(2), []
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[::2] *= 10  # streams of several lengths
+    calibration = calibrate_batches(teacher, batches, point_covariance=True)
+    points, heard = calibration.point_covariance.double(), torch.stack(list(reader_gramians(teacher, calibration.point_covariance.double())))
+    monkeypatch.setattr(variations, "most_explained", lambda begin, points, gramians, **_: given.append(gramians.clone()) or begin)
+    variations.heard_behind_blocks(teacher, REDConfig(**settings_of(tmp_path, start="fitted", hidden_size=24)), calibration, batches, probes=60)
+    assert torch.equal(given[0][-1], heard[-1]), "behind the head there is nothing"
+
+    def shares(gramians):
+        return gramians / (gramians * points[:-1]).sum((-2, -1))[:, None, None]
+
+    found = 2 * given[0][:-1] - shares(heard[:-1])
+    layer, streams = teacher.model.layers[0], []
+    handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    expected = torch.zeros_like(found[1])
+    for batch in batches:
+        with torch.no_grad():
+            teacher(**for_attention({name: value for name, value in batch.items() if name not in ("labels", "token_mask")}, teacher.config), use_cache=False)
+        mask = batch["token_mask"].bool() if "token_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+        for x in streams.pop()[mask]:
+            z = x * (x.square().mean() + teacher.config.rms_norm_eps).rsqrt()
+            jacobian = torch.autograd.functional.jacobian(lambda z: layer.mlp(z * layer.post_attention_layernorm.weight), z).double()
+            with torch.no_grad():
+                behind = x + layer.mlp(z * layer.post_attention_layernorm.weight)
+            expected += jacobian.T @ jacobian / behind.square().mean()
+    handle.remove()
+    expected = expected / (expected * points[1]).sum()
+    assert (found[1] - expected).norm() < 0.1 * expected.norm()
+    assert (found[1] - shares(heard[:-1])[1]).norm() > 0.3 * expected.norm(), "and it is something else than what its readers hear"
 
 
 def test_massive_directions_are_left_out(tiny_teacher, tmp_path, monkeypatch):
